@@ -1,0 +1,49 @@
+# Everything runs in .venv, made from $(PYTHON) with the torch named here. For another build of
+# torch: make TORCH="torch==2.13.0 --index-url <its index>".
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+STAMP := .venv/.installed
+BUILD_INPUTS := pyproject.toml setup.py $(shell find build_backend csrc -type f -not -name '*.pyc')
+CXX_FILES := $(shell find csrc -type f)
+
+.PHONY: demo test lint format bench clean install
+
+demo: install
+	$(BIN)/lego run
+
+test: lint
+	$(BIN)/pytest
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/codespell
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+bench: install
+	$(BIN)/pytest benchmarks/ --benchmark-only
+
+install: $(STAMP)
+
+# torch first, so that the native libraries are compiled against it; then it is a constraint, so
+# that no dependency replaces it
+$(STAMP): $(BUILD_INPUTS) | $(BIN)/python
+	$(BIN)/pip install $(TORCH)
+	$(BIN)/pip list --format=freeze | grep '^torch==' > .venv/torch.txt
+	$(BIN)/pip install --constraint .venv/torch.txt -e ".[dev]"
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f $(STAMP) lego_kernels/*.so lego_kernels/build_record.json

@@ -1,0 +1,62 @@
+"""kv_append: the reference, torch's own indexing, and ours."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from lego.ops.kv_append import kv_append as reference
+from lego_kernels import kv_append
+from tests.oracle import DEVICES, assert_same_bits
+
+
+class Case(NamedTuple):
+    B: int  # rows
+    T: int  # new tokens
+    S: int  # cache slots
+    H: int  # key-value heads
+    D: int  # head width
+
+
+CASES = [
+    Case(1, 1, 2048, 4, 32),  # a small model, one token
+    Case(1, 1, 2048, 8, 128),  # Llama-3, one token
+    Case(32, 1, 2048, 8, 128),  # a batch
+    Case(1, 512, 2048, 8, 128),  # a prompt
+]
+
+
+def index_put(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
+    """What one writes without an op: no row is skipped and no position is checked."""
+    row = torch.arange(k.size(0), device=k.device)[:, None]
+    slot = position[:, None] + torch.arange(k.size(1), device=k.device)
+    k_cache[row, slot] = k
+    v_cache[row, slot] = v
+
+
+PROVIDERS = {"reference": reference, "index_put": index_put, "ours": kv_append}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "x".join(map(str, case)))
+def test_kv_append(case, provider, device, measure):
+    B, T, S, H, D = case
+    generator = torch.Generator().manual_seed(0)
+    cache = torch.zeros(2, B, S, H, D, dtype=torch.bfloat16, device=device)
+    # a view of packed QKV with as many query heads as key-value heads
+    qkv = torch.randn(B, T, 3 * H, D, generator=generator).to(device, torch.bfloat16)
+    _, k, v = qkv.split(H, dim=2)
+    position = torch.arange(B, device=device)
+    expected = cache.clone()
+    reference(*expected, k, v, position)
+    op = PROVIDERS[provider]
+    op(*cache, k, v, position)
+    assert_same_bits(cache, expected)
+    k_cache, v_cache = cache
+    measure(
+        lambda: op(k_cache, v_cache, k, v, position),
+        device=device,
+        moved_bytes=4 * k.nbytes,  # read and write, k and v
+    )

@@ -1,0 +1,146 @@
+"""`lego run | train | evaluate | generate | doctor`: arguments in, exit code out.
+
+Results go to stdout, progress to stderr under --json. A mistake of the user's, or of the disk's, is
+one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from rich.console import Console
+
+from lego import commands
+from lego.commands import Generate
+from lego.config import PRESETS, ExperimentConfig
+from lego.doctor import diagnose, print_diagnosis
+
+Preset = Literal["quick", "seed", "wide"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Train both phases and both dense baselines, evaluate, generate, time, and print it all.
+
+    Attributes:
+        preset: What every option below starts from.
+        out: Folder of the run, runs/PRESET by default. A run that was cut off goes on.
+        json: Print results.json to stdout and nothing else.
+        threads: CPU threads to train with; 0 leaves the choice to torch.
+    """
+
+    preset: Preset = "quick"
+    out: Path | None = None
+    json: bool = False
+    threads: int = 0
+    config: Annotated[ExperimentConfig, tyro.conf.arg(name="")] = field(
+        default_factory=ExperimentConfig
+    )
+
+    @property
+    def folder(self) -> Path:
+        return self.out or Path("runs") / self.preset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Run):
+    """Train and calibrate a model alone; `lego run` with the same options goes on from there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Score a trained run on its validation split.
+
+    Attributes:
+        run: Folder of the run.
+        json: Print JSON to stdout and nothing else.
+        shallow_ratio: Share of the calibration tokens that shall exit; as in training if None.
+    """
+
+    run: tyro.conf.Positional[Path]
+    json: bool = False
+    shallow_ratio: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Show versions, the native build, the backend of each op with a live self-test, and repairs.
+
+    Attributes:
+        json: Print JSON to stdout and nothing else.
+    """
+
+    json: bool = False
+
+
+def run_command(args: Sequence[str] | None = None) -> int:
+    """Parse the arguments (sys.argv by default), run the command and return its exit code."""
+    args = list(sys.argv[1:] if args is None else args)
+    command = _parse(args)
+    try:
+        return _run(command)
+    except (ValueError, OSError, FloatingPointError) as error:
+        # rich would wrap the line and colour parts of it
+        print(f"lego: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lego: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _parse(args: list[str]) -> Run | Train | Evaluate | Generate | Doctor:
+    start = _preset(args)
+    config = PRESETS.get(start, PRESETS["quick"])
+    run = Run(config=config)
+    commands_ = (
+        Annotated[Run, tyro.conf.subcommand("run", default=run)]
+        | Annotated[Train, tyro.conf.subcommand("train", default=Train(config=config))]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Generate, tyro.conf.subcommand("generate")]
+        | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+    )
+    options = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes)
+    return tyro.cli(
+        commands_,
+        prog="lego",
+        args=args,
+        description="Layer-wise early exit for transformer language models.",
+        config=options,
+    )
+
+
+def _preset(args: list[str]) -> str:
+    """The preset named in args, before they are parsed: it sets the defaults of the others."""
+    for option, value in zip(args, [*args[1:], ""], strict=True):
+        if option == "--preset":
+            return value
+        if option.startswith("--preset="):
+            return option.partition("=")[2]
+    return "quick"
+
+
+def _run(command: Run | Train | Evaluate | Generate | Doctor) -> int:
+    if isinstance(command, Doctor):
+        return print_diagnosis(diagnose(), json=command.json)
+    console = Console(stderr=command.json, soft_wrap=True)
+    if isinstance(command, Run):
+        if command.threads:
+            torch.set_num_threads(command.threads)
+        if isinstance(command, Train):
+            found = commands.train(command.config, command.folder, console)
+        else:
+            found = commands.run(command.config, command.folder, console)
+    elif isinstance(command, Evaluate):
+        found = commands.evaluate(command.run, command.shallow_ratio, console)
+    else:
+        found = commands.generate_text(command, console)
+    if command.json:
+        print(json_module.dumps(found, indent=2))
+    return 0

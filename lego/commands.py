@@ -1,0 +1,225 @@
+"""What each command does, for the command line and for programs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.text import Text
+
+from lego.calibration import calibrate_by_quantile
+from lego.checkpoint import Checkpoint, load_checkpoint
+from lego.config import Criterion, ExperimentConfig, KVPolicy
+from lego.data import prepare_corpus
+from lego.environment import environment
+from lego.evaluation import quality, score_tokens
+from lego.experiment import Outcome, run_experiment, train_checkpoint, two_stage
+from lego.files import write_text
+from lego.generation import GeneratedToken, generate
+from lego.plots import save_plots
+from lego.run_folder import RunFolder
+from lego.sampling import Sampling
+from lego.strategies import EarlyExit, FullDepth, Strategy, Uncached
+from lego.terminal import ShadedText, TrainingDisplay, legend, print_evaluation, print_results
+from lego.timed_generation import prompt_windows
+
+# the sample at the end of a run
+_SAMPLE_TOKENS = 96
+_SAMPLING = Sampling(temperature=0.7, top_p=0.95, seed=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Continue a prompt with a trained run.
+
+    Attributes:
+        run: Folder of the run.
+        prompt: Text to continue.
+        mode: early-exit decides per token, full runs all layers, uncached also recomputes the past.
+        max_new_tokens: Tokens to generate at most; the end-of-text token stops earlier.
+        criterion: Confidence measure of early-exit.
+        threshold: Exit at this confidence or above; the calibrated one if None.
+        kv_policy: What an exited token leaves in the upper caches; the exact policy if None.
+        temperature: 0 is greedy.
+        top_k: Keep the k most likely tokens; 0 keeps all.
+        top_p: Keep the most likely tokens up to this probability.
+        seed: Of the sampling.
+        stream: Print every token as it comes.
+        show_exits: Colour every token by the layer it left at.
+        json: Print JSON to stdout and nothing else.
+    """
+
+    run: tyro.conf.Positional[Path]
+    prompt: str
+    mode: Literal["early-exit", "full", "uncached"] = "early-exit"
+    max_new_tokens: int = 64
+    criterion: Criterion = "max_prob"
+    threshold: float | None = None
+    kv_policy: KVPolicy | None = None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stream: bool = False
+    show_exits: bool = False
+    json: bool = False
+
+
+def run(config: ExperimentConfig, path: Path, console: Console) -> dict[str, Any]:
+    """`lego run`: the whole experiment; resumes, or prints the results of a run that is done."""
+    folder = RunFolder(path)
+    folder.claim(config)
+    results = folder.results()
+    if results is not None:
+        print_results(console, results)
+        console.print(f"This run was done before; its folder is {path}", highlight=False)
+        return results
+    console.print(f"{path}: {config.data.name}, {torch.get_num_threads()} threads", highlight=False)
+    with TrainingDisplay(console, path / "events") as display:
+        outcome = run_experiment(config, path, display.watch)
+    results = outcome.results | {"environment": environment()}
+    save_plots(outcome, path)
+    print_results(console, results)
+    sample = _sample(outcome, config, console)
+    write_text(path / "sample.txt", sample)
+    folder.write_results(results)
+    console.print(f"Results, plots and checkpoint are in {path}", highlight=False)
+    return results
+
+
+def train(config: ExperimentConfig, path: Path, console: Console) -> dict[str, Any]:
+    """`lego train`: the model alone, with its threshold."""
+    RunFolder(path).claim(config)
+    with TrainingDisplay(console, path / "events") as display:
+        _, _, checkpoint = train_checkpoint(config, path, display.watch)
+    console.print(f"Checkpoint is in {RunFolder(path).checkpoint}", highlight=False)
+    assert checkpoint.calibration is not None
+    return {
+        "checkpoint": str(RunFolder(path).checkpoint),
+        "calibration": asdict(checkpoint.calibration),
+    }
+
+
+def evaluate(path: Path, shallow_ratio: float | None, console: Console) -> dict[str, Any]:
+    """`lego evaluate`: both exits and every criterion on the run's validation split."""
+    config, checkpoint = RunFolder(path).config(), load_checkpoint(RunFolder(path).checkpoint)
+    corpus, seq_len = prepare_corpus(config.data), config.train.seq_len
+    if corpus.tokenizer.vocab_size != checkpoint.tokenizer.vocab_size:
+        raise ValueError(
+            f"evaluate: the data of {path} must have {checkpoint.tokenizer.vocab_size} tokens as "
+            f"in training, got {corpus.tokenizer.vocab_size}"
+        )
+    model, calibration = checkpoint.model, checkpoint.calibration
+    if calibration is None or shallow_ratio is not None:
+        confidence = score_tokens(model, corpus.calibration, seq_len).confidence
+        ratio = 1 - config.train.hard_example_ratio if shallow_ratio is None else shallow_ratio
+        calibration = calibrate_by_quantile(confidence, ratio)
+    scores = score_tokens(model, corpus.validation, seq_len)
+    exits = {
+        "shallow": quality(scores.nll_shallow, scores.correct_shallow, corpus.validation),
+        "deep": quality(scores.nll_deep, scores.correct_deep, corpus.validation),
+    }
+    found = {
+        "exits": {name: asdict(value) for name, value in exits.items()},
+        "criteria": {
+            name: two_stage(model, scores, corpus.validation, name, threshold)
+            for name, threshold in calibration.threshold.items()
+        },
+    }
+    print_evaluation(console, found)
+    return found
+
+
+def generate_text(options: Generate, console: Console) -> dict[str, Any]:
+    """`lego generate`: one continuation, with the layers that each token ran."""
+    checkpoint = load_checkpoint(RunFolder(options.run).checkpoint)
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    prompt = tokenizer.encode(options.prompt)
+    if not prompt:
+        raise ValueError(f"generate: prompt must hold at least one token, got {options.prompt!r}")
+    shaded = ShadedText(tokenizer, model.config.num_layers, prompt)
+    pieces = [Text(options.prompt, "dim")]
+
+    def show(new: GeneratedToken) -> None:
+        piece = shaded.piece(new)
+        pieces.append(piece if options.show_exits else Text(piece.plain))
+        if options.stream and not options.json:
+            console.print(pieces[-1], end="")
+
+    if options.stream and not options.json:
+        console.print(pieces[0], end="")
+    output = generate(
+        model,
+        [prompt],
+        options.max_new_tokens,
+        _strategy(options, checkpoint),
+        sampling=Sampling(
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed,
+        ),
+        stop_tokens=[tokenizer.end_of_text_id],
+        streamer=show,
+    )
+    if not options.json:
+        console.print(Text("") if options.stream else Text.assemble(*pieces))
+    tokens, depths = output.tokens[0], output.exit_layer[0]
+    shallow = sum(depth < model.config.num_layers for depth in depths)
+    if options.show_exits:
+        console.print(legend(model.config.exit_layer, model.config.num_layers))
+        console.print(f"{shallow} of {len(depths)} tokens exited", highlight=False)
+    return {
+        "text": tokenizer.decode(tokens),
+        "tokens": tokens,
+        "exit_layer": depths,
+        "confidence": [None if math.isnan(c) else c for c in output.confidence[0]],
+        "shallow_tokens": shallow,
+        "stats": asdict(output.stats),
+    }
+
+
+def _strategy(options: Generate, checkpoint: Checkpoint) -> Strategy:
+    if options.mode == "uncached":
+        return Uncached()
+    if options.mode == "full":
+        return FullDepth()
+    threshold = options.threshold
+    if threshold is None:
+        if checkpoint.calibration is None:
+            raise ValueError("generate: --threshold must be given, got a model not calibrated")
+        threshold = checkpoint.calibration.threshold[options.criterion]
+    return EarlyExit(threshold=threshold, criterion=options.criterion, kv_policy=options.kv_policy)
+
+
+def _sample(outcome: Outcome, config: ExperimentConfig, console: Console) -> str:
+    """Print a sampled continuation of validation text; return it with deep tokens in brackets."""
+    checkpoint, corpus = outcome.checkpoint, prepare_corpus(config.data)
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    (prompt,) = prompt_windows(corpus.validation, 1, config.timing.prompt_tokens)
+    num_tokens = min(_SAMPLE_TOKENS, model.config.max_seq_len - len(prompt))
+    shaded = ShadedText(tokenizer, model.config.num_layers, prompt.tolist())
+    pieces = [Text(tokenizer.decode(prompt.tolist()), "dim")]
+    plain = [pieces[0].plain]
+
+    def collect(new: GeneratedToken) -> None:
+        piece = shaded.piece(new)
+        pieces.append(piece)
+        deep = piece.plain and new.exit_layer == model.config.num_layers
+        plain.append(f"[{piece.plain}]" if deep else piece.plain)
+
+    strategy = EarlyExit(
+        threshold=outcome.results["threshold"],
+        criterion=outcome.results["criterion"],
+        kv_policy=outcome.results["kv_policy"],
+    )
+    generate(model, [prompt], num_tokens, strategy, sampling=_SAMPLING, streamer=collect)
+    console.rule("sample", style="dim")
+    console.print(Text.assemble(*pieces))
+    console.print(legend(model.config.exit_layer, model.config.num_layers))
+    return "".join(plain) + "\n"

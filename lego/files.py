@@ -1,0 +1,54 @@
+"""Files and folders that appear under their name only when they are whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def replacing_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write; it takes the place of `path` when the block ends without an error.
+
+    After an error, or a kill, whatever was at `path` is still there.
+    """
+    # a name of our own: another process may be writing the same file
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with partial.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text through `replacing_file`."""
+    with replacing_file(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill; it takes the place of `path` when the block ends without an error."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if path.exists():
+            # a folder cannot be renamed over a full one: the old one steps aside first
+            old = path.with_name(f".{path.name}.{uuid.uuid4().hex}.old")
+            path.rename(old)
+            partial.rename(path)
+            shutil.rmtree(old)
+        else:
+            partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,56 @@
+"""Attention of new tokens over a preallocated cache."""
+
+# Shape letters: B = rows, T = new tokens, S = cache slots, H = query heads, K = key/value heads,
+# E = head width.
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def decode_attention(
+    q_BTHE: Tensor, k_cache_BSKE: Tensor, v_cache_BSKE: Tensor, kv_len_B: Tensor, *, scale: float
+) -> Tensor:
+    """Return [B, T, H, E]: each query attends to its row of the cache, causally in the chunk.
+
+    The caches already hold the T new tokens: kv_len_B (int64, in [0, S]) counts them, and token t
+    sees slots [0, kv_len - T + t]. H is a multiple of K; head h reads key/value head h // (H / K).
+    A query that sees no slot gives zeros. Slots past kv_len are never read, whatever they hold.
+    Raises: ValueError if the shapes do not fit together or a length is out of range.
+    """
+    B, T, H, E = q_BTHE.shape
+    S, K = k_cache_BSKE.shape[1:3]
+    if k_cache_BSKE.shape != (B, S, K, E) or v_cache_BSKE.shape != k_cache_BSKE.shape or H % K:
+        raise ValueError(
+            "decode_attention: caches must be [B, S, K, E] for q [B, T, H, E] with H a multiple "
+            f"of K, got q {tuple(q_BTHE.shape)}, k {tuple(k_cache_BSKE.shape)}, "
+            f"v {tuple(v_cache_BSKE.shape)}"
+        )
+    if kv_len_B.shape != (B,):
+        raise ValueError(f"decode_attention: kv_len must be [{B}], got {tuple(kv_len_B.shape)}")
+    if B == 0:
+        return torch.empty_like(q_BTHE)
+    shortest, longest = (int(n) for n in kv_len_B.aminmax())
+    if shortest < 0 or longest > S:
+        raise ValueError(
+            f"decode_attention: kv_len must be in [0, {S}], got {shortest} to {longest}"
+        )
+    out = F.scaled_dot_product_attention(
+        q_BTHE.transpose(1, 2),
+        k_cache_BSKE[:, :longest].transpose(1, 2),
+        v_cache_BSKE[:, :longest].transpose(1, 2),
+        attn_mask=_visible(kv_len_B, T, longest),
+        scale=scale,
+        enable_gqa=H != K,
+    )
+    return out.transpose(1, 2)
+
+
+def _visible(kv_len_B: Tensor, num_new: int, num_slots: int) -> Tensor | None:
+    """[B, 1, T, S], true where a query may look; None where every query sees every slot."""
+    if num_new == 1 and len(kv_len_B) == 1:
+        return None
+    token_T = torch.arange(num_new, device=kv_len_B.device)
+    slot_S = torch.arange(num_slots, device=kv_len_B.device)
+    last_BT = kv_len_B[:, None] - num_new + token_T
+    return (slot_S <= last_BT[..., None])[:, None]

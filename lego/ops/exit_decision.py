@@ -1,0 +1,84 @@
+"""The exit decision: token, confidence and exit flag from the exit state."""
+
+# Shape letters: B = rows, V = vocabulary, D = model width.
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lego.ops.rms_norm import rms_norm
+
+SoftmaxCriterion = Literal["max_prob", "margin", "entropy"]
+
+
+def softmax_confidence(logits_BV: Tensor, criterion: SoftmaxCriterion) -> Tensor:
+    """Return confidence_B in [0, 1], float32 (float64 for float64 logits).
+
+    max_prob: p(top1). margin: p(top1) - p(top2), p(top2) = 0 if V = 1. entropy: 1 - H(p) / log V,
+    which is 1 for a certain row and 0 for a uniform one (1 if V = 1).
+    A row with a NaN gives NaN; a row of -inf alone gives 0.
+    Raises: ValueError if logits are not [B, V] with V >= 1 or the criterion is unknown.
+    Sources: Kaya et al. 2019, arXiv:1810.07052 (max_prob); Schuster et al. 2022, arXiv:2207.07061
+    (margin); Teerapittayanon et al. 2016, arXiv:1709.01686 (entropy).
+    """
+    if logits_BV.dim() != 2 or logits_BV.size(1) == 0:
+        raise ValueError(f"softmax_confidence: logits must be [B, V], got {tuple(logits_BV.shape)}")
+    compute_dtype = torch.promote_types(logits_BV.dtype, torch.float32)
+    logits_BV = logits_BV.to(compute_dtype)
+    V = logits_BV.size(1)
+    if criterion == "max_prob":
+        confidence_B = logits_BV.softmax(dim=-1).amax(dim=-1)
+    elif criterion == "margin":
+        top_B2 = logits_BV.softmax(dim=-1).topk(min(2, V), dim=-1).values
+        confidence_B = top_B2[:, 0] - top_B2[:, 1] if V > 1 else top_B2[:, 0]
+    elif criterion == "entropy":
+        logp_BV = logits_BV.log_softmax(dim=-1)
+        # a masked token has p = 0 and log p = -inf: its term is 0, not NaN
+        term_BV = torch.where(logp_BV == -torch.inf, 0.0, logp_BV.exp() * logp_BV)
+        log_V = torch.tensor(float(max(V, 2)), dtype=compute_dtype).log().to(logits_BV.device)
+        confidence_B = (1 + term_BV.sum(dim=-1) / log_V).clamp(0, 1)
+    else:
+        raise ValueError(
+            f"softmax_confidence: criterion must be max_prob, margin or entropy, got {criterion!r}"
+        )
+    return confidence_B.masked_fill((logits_BV == -torch.inf).all(dim=-1), 0.0)
+
+
+def exit_decision(
+    h_BD: Tensor,
+    head_VD: Tensor,
+    *,
+    threshold: float | Tensor,
+    criterion: SoftmaxCriterion = "max_prob",
+    norm_weight_D: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (token_B, confidence_B, lse_B, exit_B) of the exit states h_BD.
+
+    The logits are norm(h) @ head^T, without the norm if norm_weight_D is None. token is int64, the
+    lowest id wins a tie and the first NaN wins over all; confidence and lse (log-sum-exp of the
+    logits) are float32 (float64 in float64); exit is confidence >= threshold, False where the
+    confidence is NaN. threshold is a number or a [B] tensor.
+    Raises: ValueError if shapes do not fit or the threshold is NaN.
+    """
+    if h_BD.dim() != 2 or head_VD.dim() != 2 or h_BD.size(1) != head_VD.size(1):
+        raise ValueError(
+            f"exit_decision: h must be [B, D] and head [V, D], "
+            f"got {tuple(h_BD.shape)} and {tuple(head_VD.shape)}"
+        )
+    threshold = torch.as_tensor(threshold, device=h_BD.device)
+    if bool(threshold.isnan().any()):
+        raise ValueError("exit_decision: threshold must not be NaN, got nan")
+    if norm_weight_D is not None:
+        h_BD = rms_norm(h_BD, norm_weight_D, eps=eps)
+    compute_dtype = torch.promote_types(h_BD.dtype, torch.float32)
+    logits_BV = F.linear(h_BD, head_VD).to(compute_dtype)
+    confidence_B = softmax_confidence(logits_BV, criterion)
+    return (
+        logits_BV.argmax(dim=-1),
+        confidence_B,
+        logits_BV.logsumexp(dim=-1),
+        confidence_B >= threshold,
+    )

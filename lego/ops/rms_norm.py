@@ -1,0 +1,20 @@
+"""Root-mean-square normalisation, as every norm of the model computes it."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last dimension.
+
+    x is [..., D] and weight [D], floating point; the result has x's shape and dtype, computed in
+    float32 or wider. eps is positive and added to the mean square.
+    Raises: ValueError if weight is not [D].
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467.
+    """
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(
+            f"rms_norm: weight must be [{x.shape[-1]}] for x {tuple(x.shape)}, "
+            f"got {tuple(weight.shape)}"
+        )
+    return F.rms_norm(x, weight.shape, weight, eps)

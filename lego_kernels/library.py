@@ -1,0 +1,87 @@
+"""The one torch.library.Library, the loading of the native libraries, and the choice of backend.
+
+Every op has its schema, its fake and a plain torch implementation in Python; the torch one serves
+any device (CompositeExplicitAutograd). A native library, or Triton, adds a kernel for one device
+key, which the dispatcher then prefers. So choosing a backend means loading a library or not:
+
+LEGO_BACKEND=auto       load what is there and say once, in the log, why something is not (default)
+LEGO_BACKEND=native     a library that this machine could use but cannot load is an ImportError
+LEGO_BACKEND=reference  load nothing: every op runs its plain torch implementation
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "native", "reference")
+LIB = torch.library.Library("lego_kernels", "DEF")
+
+_log = logging.getLogger("lego_kernels")
+_folder = Path(__file__).parent
+
+
+def _requested_backend() -> str:
+    backend = os.environ.get("LEGO_BACKEND", "auto")
+    if backend not in BACKENDS:
+        raise ValueError(f"LEGO_BACKEND: must be one of {', '.join(BACKENDS)}, got {backend}")
+    return backend
+
+
+def build_record() -> dict[str, Any]:
+    """Return what setup.py noted about the native build; empty if nothing was ever built here."""
+    path = _folder / "build_record.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _load(name: str) -> str:
+    """Load one native library; return why it is not loaded, or an empty string."""
+    if BACKEND == "reference":
+        return "LEGO_BACKEND=reference"
+    path = _folder / f"{name}.abi3.so"
+    if not path.exists():
+        outcome = build_record().get("libraries", {}).get(name, {})
+        return outcome.get("reason", "it was never built")
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def _load_native() -> dict[str, str]:
+    unloaded = {"CPU": _load("_C_cpu")}
+    # the CUDA library links libtorch_cuda, which a torch without CUDA lacks
+    cuda = torch.version.cuda is not None
+    unloaded["CUDA"] = _load("_C_cuda") if cuda else "torch is built without CUDA"
+    usable = ["CPU"] + ["CUDA"] * torch.cuda.is_available()
+    for key in usable:
+        if not unloaded[key] or BACKEND == "reference":
+            continue
+        problem = f"the native {key} kernels are not loaded ({unloaded[key]})"
+        if BACKEND == "native":
+            raise ImportError(f"LEGO_BACKEND=native: {problem}; see `lego doctor`")
+        _log.warning("%s: those ops run as plain PyTorch; see `lego doctor`", problem)
+    return unloaded
+
+
+BACKEND = _requested_backend()
+NOT_LOADED = _load_native()  # by dispatch key: why its native library is absent, "" if loaded
+
+
+def backend_of(op: str, device_type: str) -> Literal["native", "reference"]:
+    """Say whether a kernel of its own or the plain torch implementation serves `op` there."""
+    own = torch._C._dispatch_has_kernel_for_dispatch_key(f"lego_kernels::{op}", device_type.upper())
+    return "native" if own else "reference"
+
+
+def refuse_grad(op: str, *tensors: Tensor) -> None:
+    """Raise RuntimeError in grad mode if an input requires grad: it would silently get none."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(f"{op}: is inference only, so no input may require grad in grad mode")

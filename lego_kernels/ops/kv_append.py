@@ -1,0 +1,92 @@
+"""Append keys and values to preallocated caches, in place: one launch, no copy of a cache.
+
+Native: csrc/cpu/kv_append.cpp, csrc/cuda/kv_append.cu. Shape letters: B rows, T new tokens,
+S cache slots, H key-value heads, D head width.
+"""
+
+import torch
+from torch import Tensor
+
+from lego_kernels.library import LIB, refuse_grad
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+# 1. Kernel: plain torch, for any device without a native one
+def _kv_append_torch(
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, position: Tensor
+) -> None:
+    B, T, last = k.size(0), k.size(1), k_cache.size(1) - k.size(1)
+    # only where the data is on the host: elsewhere looking at it would make the host wait
+    if position.is_cpu and bool((position > last).any()):
+        bad = int((position > last).nonzero()[0])
+        raise ValueError(
+            f"kv_append: position must be at most S - T = {last}, got {position[bad]} in row {bad}"
+        )
+    written = (position >= 0) & (position <= last)  # [B]
+    row = torch.arange(B, device=k.device)[:, None]
+    slot = (position * written)[:, None] + torch.arange(T, device=k.device)  # [B, T]
+    for cache, fresh in ((k_cache, k), (v_cache, v)):
+        # a row that is not written gets back what its first slots hold
+        cache[row, slot] = torch.where(written[:, None, None, None], fresh, cache[row, slot])
+
+
+# 2. Launcher: in C++, since there is nothing to allocate
+
+
+# 3. Registration: schema, torch kernel, fake; the native libraries add theirs
+def _kv_append_fake(
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, position: Tensor
+) -> None: ...
+
+
+LIB.define(
+    "kv_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor position) -> ()"
+)
+LIB.impl("kv_append", _kv_append_torch, "CompositeExplicitAutograd")
+torch.library.register_fake("lego_kernels::kv_append", _kv_append_fake, lib=LIB)
+_op = torch.ops.lego_kernels.kv_append.default
+
+
+# 4. Public wrapper: validate, then dispatch
+def kv_append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
+    """Contract of lego.ops.kv_append, with two limits of its own.
+
+    Raises: ValueError also if the last stride of a cache, k or v is not 1. RuntimeError if an
+        input requires grad in grad mode. Off the CPU an out-of-range position is not reported,
+        since reading it would make the host wait: that row is not written.
+    """
+    _validate(k_cache, v_cache, k, v, position)
+    refuse_grad("kv_append", k_cache, v_cache, k, v)
+    _op(k_cache, v_cache, k, v, position)
+
+
+def _validate(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
+    for name, x in (("k", k), ("k_cache", k_cache)):
+        if x.dim() != 4:
+            raise ValueError(f"kv_append: {name} must have 4 dimensions, got {tuple(x.shape)}")
+    B, T, H, D = k.shape
+    S = k_cache.size(1)
+    cache_shape = (B, S, H, D)
+    for name, x, shape, dtype in (
+        ("k", k, k.shape, k.dtype),
+        ("v", v, k.shape, k.dtype),
+        ("k_cache", k_cache, cache_shape, k.dtype),
+        ("v_cache", v_cache, cache_shape, k.dtype),
+        ("position", position, (B,), torch.int64),
+    ):
+        if x.shape != shape:
+            raise ValueError(f"kv_append: {name} must be {tuple(shape)}, got {tuple(x.shape)}")
+        if x.dtype != dtype:
+            raise ValueError(f"kv_append: {name} must be {dtype}, got {x.dtype}")
+        if x.device != k.device:
+            raise ValueError(f"kv_append: {name} must be on {k.device} like k, got {x.device}")
+        if x.dim() == 4 and x.stride(3) != 1:
+            raise ValueError(f"kv_append: {name} must have last stride 1, got {x.stride()}")
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if 0 in cache.stride():
+            raise ValueError(f"kv_append: {name} must have no zero stride, got {cache.stride()}")
+    if T > S:
+        raise ValueError(f"kv_append: k must have at most S = {S} tokens, got {T}")
+    if k.dtype not in DTYPES:
+        raise ValueError(f"kv_append: k must have one of the dtypes {DTYPES}, got {k.dtype}")

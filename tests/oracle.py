@@ -1,0 +1,29 @@
+"""What the tests of every op share: the devices to run on, and how close is close enough."""
+
+import pytest
+import torch
+from torch import Tensor
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def random(shape: tuple[int, ...], dtype: torch.dtype, device: str, *, seed: int = 0) -> Tensor:
+    """Normal numbers that are the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
+def assert_same_bits(got: Tensor, expected: Tensor) -> None:
+    """Byte for byte: also where a NaN, or the sign of a zero, would hide from torch.equal."""
+    assert got.dtype == expected.dtype and got.shape == expected.shape
+    bits = _BITS[got.element_size()]
+    assert torch.equal(got.contiguous().view(bits), expected.contiguous().view(bits))
+
+
+def assert_error_bounded(got: Tensor, eager: Tensor, exact: Tensor, *, floor: float) -> None:
+    """The kernel may err twice as much as eager PyTorch does in the same dtype, plus a floor."""
+    error = (got.double() - exact).abs().max().item()
+    bound = 2 * (eager.double() - exact).abs().max().item() + floor
+    assert error <= bound, f"error {error:.3g} is above {bound:.3g}"
