@@ -156,9 +156,9 @@ class TrainConfig:
     recipe: Recipe = "lego"
     max_tokens: int = 0
     seq_len: int = 128
-    batch_size: int = 16
+    batch_size: int = 4
     epochs: int = 2
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     warmup_steps: int = 50
     weight_decay: float = 0.1
     grad_clip: float = 1.0
@@ -276,12 +276,12 @@ class ExperimentConfig:
 
 PRESETS: dict[str, ExperimentConfig] = {
     # about two minutes on two cores, nothing to download
-    "quick": ExperimentConfig(train=TrainConfig(max_tokens=400_000, epochs=1)),
+    "quick": ExperimentConfig(train=TrainConfig(max_tokens=250_000, epochs=1)),
     # the shape, data and decoding of the two source experiments
     "seed": ExperimentConfig(
         data=DataConfig(name="wikitext2", tokenizer="word", vocab_size=70_000),
         model=ModelConfig(dim=64, hidden_dim=176, upper_kv="own"),
-        train=TrainConfig(max_tokens=320_000, seq_len=32, batch_size=32, learning_rate=1e-3),
+        train=TrainConfig(max_tokens=320_000, seq_len=32, batch_size=16),
         exit=ExitConfig(kv_policy="hole", compare_upper_kv=True),
     ),
     "wide": ExperimentConfig(
@@ -289,6 +289,6 @@ PRESETS: dict[str, ExperimentConfig] = {
         model=ModelConfig(
             dim=256, num_layers=8, exit_layer=4, num_heads=8, num_kv_heads=8, hidden_dim=704
         ),
-        train=TrainConfig(learning_rate=1e-3),
+        train=TrainConfig(batch_size=8, learning_rate=1e-3),
     ),
 }

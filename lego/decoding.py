@@ -21,7 +21,7 @@ from lego.config import KVPolicy
 from lego.kv_cache import KVCache
 from lego.model import LegoModel
 from lego.ops.exit_decision import softmax_confidence
-from lego.strategies import EarlyExit, FullDepth
+from lego.strategies import EarlyExit, FullDepth, Uncached
 
 
 @dataclass
@@ -71,8 +71,8 @@ class Decoder(Protocol):
 class UncachedDecoder:
     """Keeps the ids and runs them all again at every step."""
 
-    def __init__(self, model: LegoModel) -> None:
-        self.model = model
+    def __init__(self, model: LegoModel, strategy: Uncached) -> None:
+        self.model, self.strategy = model, strategy
         self.counts = Counts()
         self._ids: list[Tensor] = []
 
@@ -93,10 +93,15 @@ class UncachedDecoder:
         if model.upper and model.config.upper_kv == "exit_state":
             counts.upper_kv_calls += ids_BT.numel()
             counts.upper_kv_passes += 1
-        logits_BV = model.final_logits(final_BTD[torch.arange(len(last_B)), last_B])
-        counts.head_calls += len(last_B)
-        counts.head_passes += 1
         num_rows = len(self._ids)
+        row_B = torch.arange(num_rows, device=ids_BT.device)
+        if self.strategy.all_logits:
+            logits_BV = model.final_logits(final_BTD)[row_B, last_B]
+            counts.head_calls += ids_BT.numel()
+        else:
+            logits_BV = model.final_logits(final_BTD[row_B, last_B])
+            counts.head_calls += num_rows
+        counts.head_passes += 1
         return Step(logits_BV, [model.config.num_layers] * num_rows, [math.nan] * num_rows)
 
     def keep(self, rows: list[int]) -> None:
@@ -253,9 +258,9 @@ class CachedDecoder:
     ) -> list[tuple[Tensor, Tensor]]:
         if self._policy == "exact":
             return self.model.upper_kv(chunk_BTD, position_BT)
-        rotate = self.model.rotate
+        angles = self.model.rotary(position_BT)
         return [
-            block.attention.project_kv(block.attention_norm(chunk_BTD), rotate, position_BT)
+            block.attention.project_kv(block.attention_norm(chunk_BTD), angles)
             for block in self.model.upper
         ]
 

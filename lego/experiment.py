@@ -147,6 +147,7 @@ def _measure(
 
     strategies: dict[str, Strategy] = {
         "uncached": Uncached(),
+        "uncached_last": Uncached(all_logits=False),
         "full": FullDepth(),
         "exit": early_exit(criterion),
         "gate": early_exit("gate"),
@@ -160,7 +161,7 @@ def _measure(
         "experiment_001": {
             **_phase_results(trained, scores, corpus.validation),
             "two_stage": criteria[criterion],
-            "kv_cache": kv_cache_results(timed, "uncached", "full"),
+            "kv_cache": kv_cache_results(timed),
         },
         "experiment_002": early_exit_results(timed, "exit", "full"),
         "experiment_002_gate": early_exit_results(timed, "gate", "full"),

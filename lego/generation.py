@@ -117,7 +117,7 @@ def _decoder(
     model: LegoModel, strategy: Strategy, prompts: list[Tensor], max_new_tokens: int
 ) -> Decoder:
     if isinstance(strategy, Uncached):
-        return UncachedDecoder(model)
+        return UncachedDecoder(model, strategy)
     num_slots = max(len(ids) for ids in prompts) + max_new_tokens
     return CachedDecoder(model, strategy, len(prompts), num_slots)
 

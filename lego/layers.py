@@ -27,8 +27,12 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, eps=self.eps)
 
 
+# cos and sin of the tokens at hand, [B, T, E / 2] each, or [1, T, E / 2] for all rows alike
+Angles = tuple[Tensor, Tensor]
+
+
 class Rotary(nn.Module):
-    """Rotation by absolute position; the tables are buffers that no checkpoint stores."""
+    """Angles by absolute position; the tables are buffers that no checkpoint stores."""
 
     cos: Tensor
     sin: Tensor
@@ -39,8 +43,9 @@ class Rotary(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, x_BTHE: Tensor, position_BT: Tensor) -> Tensor:
-        return rotary(x_BTHE, position_BT, self.cos, self.sin)
+    def forward(self, position_BT: Tensor) -> Angles:
+        """IndexError if a position is not in [0, max_seq_len)."""
+        return self.cos[position_BT], self.sin[position_BT]
 
 
 class Attention(nn.Module):
@@ -53,34 +58,40 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, *, own_kv: bool) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
-        self.head_dim, self.own_kv = config.head_dim, own_kv
+        self.head_dim, self.own_kv, self.qk_norm = config.head_dim, own_kv, config.qk_norm
         num_projected = config.num_heads + (2 * config.num_kv_heads if own_kv else 0)
         self.in_proj = nn.Linear(config.dim, num_projected * config.head_dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.dim, bias=False)
         if config.qk_norm:
-            self.q_norm: nn.Module = RMSNorm(config.head_dim, config.norm_eps)
-            self.k_norm: nn.Module = RMSNorm(config.head_dim, config.norm_eps)
-        else:
-            self.q_norm = self.k_norm = nn.Identity()
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
-    def forward(self, x_BTD: Tensor, rotate: Rotary, position_BT: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x_BTD: Tensor, angles: Angles, attend: Attend) -> Tensor:
         heads = self.in_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
-        q = rotate(self.q_norm(heads[:, :, : self.num_heads]), position_BT)
-        kv = None
-        if self.own_kv:
-            k, v = heads[:, :, self.num_heads :].chunk(2, dim=2)
-            kv = rotate(self.k_norm(k), position_BT), v
-        return self.o_proj(attend(q, kv).flatten(2))
+        if not self.own_kv:
+            q = rotary(self.q_norm(heads) if self.qk_norm else heads, *angles)
+            return self.o_proj(attend(q, None).flatten(2))
+        qk, v = heads.split((heads.size(2) - self.num_kv_heads, self.num_kv_heads), dim=2)
+        if self.qk_norm:
+            normed = (
+                self.q_norm(qk[:, :, : self.num_heads]),
+                self.k_norm(qk[:, :, self.num_heads :]),
+            )
+            qk = torch.cat(normed, dim=2)
+        q, k = rotary(qk, *angles).split((self.num_heads, self.num_kv_heads), dim=2)
+        return self.o_proj(attend(q, (k, v)).flatten(2))
 
-    def project_kv(
-        self, x_BTD: Tensor, rotate: Rotary, position_BT: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def project_kv(self, x_BTD: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
         """The keys and values of x alone, each [B, T, K, E]; only for own_kv layers."""
         start = self.num_heads * self.head_dim
         bias = None if self.in_proj.bias is None else self.in_proj.bias[start:]
         packed = nn.functional.linear(x_BTD, self.in_proj.weight[start:], bias)
         k, v = packed.unflatten(-1, (-1, self.head_dim)).chunk(2, dim=2)
-        return rotate(self.k_norm(k), position_BT), v
+        return self.rotated_key(k, angles), v
+
+    def rotated_key(self, k_BTKE: Tensor, angles: Angles) -> Tensor:
+        """A projected key as the cache holds it."""
+        return rotary(self.k_norm(k_BTKE) if self.qk_norm else k_BTKE, *angles)
 
 
 class MLP(nn.Module):
@@ -105,6 +116,6 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, h_BTD: Tensor, rotate: Rotary, position_BT: Tensor, attend: Attend) -> Tensor:
-        h_BTD = h_BTD + self.attention(self.attention_norm(h_BTD), rotate, position_BT, attend)
+    def forward(self, h_BTD: Tensor, angles: Angles, attend: Attend) -> Tensor:
+        h_BTD = h_BTD + self.attention(self.attention_norm(h_BTD), angles, attend)
         return h_BTD + self.mlp(self.mlp_norm(h_BTD))

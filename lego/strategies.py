@@ -12,7 +12,13 @@ from lego.model import LegoModel
 
 @dataclass(frozen=True, kw_only=True)
 class Uncached:
-    """Full depth, the whole sequence again for every token."""
+    """Full depth, the whole sequence again for every token.
+
+    all_logits: run the head on every position, as a plain call of a model does and as the source
+    did; False runs it on the last one alone, the least that can be done without a cache.
+    """
+
+    all_logits: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,8 @@ def decode_attention(
         raise ValueError(f"decode_attention: kv_len must be [{B}], got {tuple(kv_len_B.shape)}")
     if B == 0:
         return torch.empty_like(q_BTHE)
-    shortest, longest = (int(n) for n in kv_len_B.aminmax())
+    lengths = kv_len_B.tolist()
+    shortest, longest = min(lengths), max(lengths)
     if shortest < 0 or longest > S:
         raise ValueError(
             f"decode_attention: kv_len must be in [0, {S}], got {shortest} to {longest}"

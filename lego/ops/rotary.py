@@ -23,17 +23,20 @@ def rotary_tables(head_dim: int, num_positions: int, theta: float) -> tuple[Tens
     return angle_PA.cos().float(), angle_PA.sin().float()
 
 
-def rotary(x_BTHE: Tensor, position_BT: Tensor, cos_PA: Tensor, sin_PA: Tensor) -> Tensor:
-    """Rotate every head of x by the angle of its token's absolute position.
+def rotary(x_BTHE: Tensor, cos_BTA: Tensor, sin_BTA: Tensor) -> Tensor:
+    """Rotate every head of x by the angles of its token.
 
-    Component a of a head's first half pairs with component a of its second half. position_BT is
-    int64 in [0, P), [1, T] where all rows share theirs, and never inferred from a cache's length.
-    The result has x's shape and dtype and is computed in float32 or wider.
-    Raises: IndexError, from indexing, if a position is not in the tables.
+    Component a of a head's first half pairs with component a of its second half. cos and sin are
+    rows of the tables, by absolute position and never by a cache length; [1, T, A] where all rows
+    share their positions. The result has the shape and dtype of x, computed in float32 or wider.
+    Raises: ValueError if the head width is not 2A.
     """
+    if x_BTHE.size(-1) != 2 * cos_BTA.size(-1):
+        raise ValueError(
+            f"rotary: x must have heads of width {2 * cos_BTA.size(-1)}, got {tuple(x_BTHE.shape)}"
+        )
     compute_dtype = torch.promote_types(x_BTHE.dtype, torch.float32)
-    cos_BT1A = cos_PA[position_BT].to(compute_dtype).unsqueeze(2)
-    sin_BT1A = sin_PA[position_BT].to(compute_dtype).unsqueeze(2)
+    cos, sin = cos_BTA.to(compute_dtype).unsqueeze(2), sin_BTA.to(compute_dtype).unsqueeze(2)
     first, second = x_BTHE.to(compute_dtype).chunk(2, dim=-1)
-    rotated = (first * cos_BT1A - second * sin_BT1A, second * cos_BT1A + first * sin_BT1A)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
     return torch.cat(rotated, dim=-1).to(x_BTHE.dtype)

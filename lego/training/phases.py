@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -96,7 +96,12 @@ def train_dense(
     folder: Path,
     watch: Watch,
 ) -> LegoModel:
-    """A dense baseline of num_layers layers, trained on the same windows."""
+    """A dense baseline of num_layers layers, trained on the same windows.
+
+    It makes as many passes over them as both phases of recipe `lego` together.
+    """
+    if train.recipe == "lego":
+        train = replace(train, epochs=2 * train.epochs)
     model = new_model(config.dense(num_layers), train.seed)
     phases = Phases(windows, train, folder, watch)
     parameters = dict(model.named_parameters())
