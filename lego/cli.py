@@ -7,6 +7,7 @@ one line on stderr and exit code 2.
 from __future__ import annotations
 
 import json as json_module
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -86,6 +87,10 @@ def run_command(args: Sequence[str] | None = None) -> int:
     command = _parse(args)
     try:
         return _run(command)
+    except BrokenPipeError:
+        # whoever read our output has seen enough; nothing may be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError, FloatingPointError) as error:
         # rich would wrap the line and colour parts of it
         print(f"lego: {' '.join(str(error).split())}", file=sys.stderr)

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import tyro
 from rich.console import Console
 from rich.text import Text
@@ -15,10 +14,10 @@ from rich.text import Text
 from lego.calibration import calibrate_by_quantile
 from lego.checkpoint import Checkpoint, load_checkpoint
 from lego.config import Criterion, ExperimentConfig, KVPolicy
-from lego.data import prepare_corpus
+from lego.data import Corpus, prepare_corpus
 from lego.environment import environment
 from lego.evaluation import quality, score_tokens
-from lego.experiment import Outcome, run_experiment, train_checkpoint, two_stage
+from lego.experiment import Outcome, load_corpus, run_experiment, train_checkpoint, two_stage
 from lego.files import write_text
 from lego.generation import GeneratedToken, generate
 from lego.plots import save_plots
@@ -72,31 +71,38 @@ class Generate:
 
 def run(config: ExperimentConfig, path: Path, console: Console) -> dict[str, Any]:
     """`lego run`: the whole experiment; resumes, or prints the results of a run that is done."""
-    folder = RunFolder(path)
+    folder, corpus = RunFolder(path), load_corpus(config)
     folder.claim(config)
     results = folder.results()
     if results is not None:
         print_results(console, results)
         console.print(f"This run was done before; its folder is {path}", highlight=False)
         return results
-    console.print(f"{path}: {config.data.name}, {torch.get_num_threads()} threads", highlight=False)
+    machine = environment()
+    console.print(
+        f"{path}: {config.data.name} on {machine['cpu']}, {machine['cpu_threads']} threads",
+        highlight=False,
+    )
     with TrainingDisplay(console, path / "events") as display:
-        outcome = run_experiment(config, path, display.watch)
-    results = outcome.results | {"environment": environment()}
+        outcome = run_experiment(config, corpus, path, display.watch)
+    results = outcome.results | {"environment": machine}
     save_plots(outcome, path)
-    print_results(console, results)
-    sample = _sample(outcome, config, console)
-    write_text(path / "sample.txt", sample)
+    sample, plain_sample = _sample(outcome, corpus, config)
+    write_text(path / "sample.txt", plain_sample)
     folder.write_results(results)
+    print_results(console, results)
+    console.rule("sample", style="dim")
+    console.print(sample)
     console.print(f"Results, plots and checkpoint are in {path}", highlight=False)
     return results
 
 
 def train(config: ExperimentConfig, path: Path, console: Console) -> dict[str, Any]:
     """`lego train`: the model alone, with its threshold."""
+    corpus = load_corpus(config)
     RunFolder(path).claim(config)
     with TrainingDisplay(console, path / "events") as display:
-        _, _, checkpoint = train_checkpoint(config, path, display.watch)
+        _, checkpoint = train_checkpoint(config, corpus, path, display.watch)
     console.print(f"Checkpoint is in {RunFolder(path).checkpoint}", highlight=False)
     assert checkpoint.calibration is not None
     return {
@@ -197,9 +203,9 @@ def _strategy(options: Generate, checkpoint: Checkpoint) -> Strategy:
     return EarlyExit(threshold=threshold, criterion=options.criterion, kv_policy=options.kv_policy)
 
 
-def _sample(outcome: Outcome, config: ExperimentConfig, console: Console) -> str:
-    """Print a sampled continuation of validation text; return it with deep tokens in brackets."""
-    checkpoint, corpus = outcome.checkpoint, prepare_corpus(config.data)
+def _sample(outcome: Outcome, corpus: Corpus, config: ExperimentConfig) -> tuple[Text, str]:
+    """A sampled continuation of validation text: shaded, and plain with deep tokens in brackets."""
+    checkpoint = outcome.checkpoint
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     (prompt,) = prompt_windows(corpus.validation, 1, config.timing.prompt_tokens)
     num_tokens = min(_SAMPLE_TOKENS, model.config.max_seq_len - len(prompt))
@@ -219,7 +225,6 @@ def _sample(outcome: Outcome, config: ExperimentConfig, console: Console) -> str
         kv_policy=outcome.results["kv_policy"],
     )
     generate(model, [prompt], num_tokens, strategy, sampling=_SAMPLING, streamer=collect)
-    console.rule("sample", style="dim")
-    console.print(Text.assemble(*pieces))
-    console.print(legend(model.config.exit_layer, model.config.num_layers))
-    return "".join(plain) + "\n"
+    key = legend(model.config.exit_layer, model.config.num_layers)
+    shaded_text = Text.assemble(*pieces, "\n", key)
+    return shaded_text, "".join(plain) + "\n"

@@ -289,6 +289,6 @@ PRESETS: dict[str, ExperimentConfig] = {
         model=ModelConfig(
             dim=256, num_layers=8, exit_layer=4, num_heads=8, num_kv_heads=8, hidden_dim=704
         ),
-        train=TrainConfig(batch_size=8, learning_rate=1e-3),
+        train=TrainConfig(max_tokens=600_000, epochs=1, learning_rate=2e-3),
     ),
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ import torch
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, to be written beside every result."""
+    """Versions, machine and command, to be written beside every result."""
     return {
         "lego": version("lego-early-exit"),
+        "commit": _commit(),
+        "command": " ".join(["lego", *sys.argv[1:]]),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
@@ -33,3 +37,16 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that lego runs from, marked if it has changes; None without."""
+    checkout = Path(__file__).parents[1]
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -23,7 +23,12 @@ from lego.evaluation import (
 )
 from lego.model import LegoModel
 from lego.strategies import EarlyExit, FullDepth, Strategy, Uncached
-from lego.timed_generation import early_exit_results, kv_cache_results, time_generation
+from lego.timed_generation import (
+    early_exit_results,
+    kv_cache_results,
+    prompt_windows,
+    time_generation,
+)
 from lego.training.loop import Evaluation
 from lego.training.phases import Trained, Watch, train_dense, train_lego
 from lego.training.windows import Windows
@@ -42,14 +47,23 @@ class Outcome:
     checkpoint: Checkpoint
 
 
-def run_experiment(config: ExperimentConfig, folder: Path, watch: Watch) -> Outcome:
+def load_corpus(config: ExperimentConfig) -> Corpus:
+    """The corpus of a run; ValueError, before any training, if it is missing or too small."""
+    corpus = prepare_corpus(config.data)
+    Windows.split(corpus.train.ids, config.train)
+    for split in (corpus.calibration, corpus.validation):
+        num_windows(split.ids, config.train.seq_len)
+    prompt_windows(corpus.validation, config.timing.num_prompts, config.timing.prompt_tokens)
+    return corpus
+
+
+def run_experiment(config: ExperimentConfig, corpus: Corpus, folder: Path, watch: Watch) -> Outcome:
     """Train both phases and both baselines, evaluate, generate and time.
 
     Phases found whole in folder/training are not repeated. Checkpoints are written to
     folder/checkpoint and folder/baselines.
-    Raises: ValueError for data that is missing or too small.
     """
-    corpus, trained, checkpoint = train_checkpoint(config, folder, watch)
+    trained, checkpoint = train_checkpoint(config, corpus, folder, watch)
     windows = Windows.split(corpus.train.ids, config.train)
     model_config, training = trained.model.config, folder / "training"
     baselines = {}
@@ -68,17 +82,16 @@ def run_experiment(config: ExperimentConfig, folder: Path, watch: Watch) -> Outc
 
 
 def train_checkpoint(
-    config: ExperimentConfig, folder: Path, watch: Watch
-) -> tuple[Corpus, Trained, Checkpoint]:
+    config: ExperimentConfig, corpus: Corpus, folder: Path, watch: Watch
+) -> tuple[Trained, Checkpoint]:
     """Train both phases, calibrate the thresholds and save folder/checkpoint."""
-    corpus = prepare_corpus(config.data)
     model_config = replace(config.model, vocab_size=corpus.tokenizer.vocab_size)
     windows = Windows.split(corpus.train.ids, config.train)
     trained = train_lego(model_config, config.train, windows, folder / "training", watch)
     calibration = _calibrate(trained.model, corpus, config)
     checkpoint = Checkpoint(trained.model, corpus.tokenizer, calibration)
     save_checkpoint(folder / "checkpoint", checkpoint)
-    return corpus, trained, checkpoint
+    return trained, checkpoint
 
 
 def _calibrate(model: LegoModel, corpus: Corpus, config: ExperimentConfig) -> Calibration:

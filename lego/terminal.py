@@ -158,7 +158,12 @@ def _phase_table(first: Mapping[str, Any]) -> Table:
     title = "Experiment 001: results on validation"
     table = _table(title, "metric", "phase 1", "phase 2", "change")
     one, two = first["phase1"], first["phase2"]
-    rows = (("val_ppl", "val PPL"), ("val_acc", "val accuracy"), ("hard_ppl", "hard PPL"))
+    rows = (
+        ("val_ppl", "val PPL"),
+        ("val_acc", "val accuracy"),
+        ("hard_ppl", "hard PPL"),
+        ("easy_ppl", "easy PPL"),
+    )
     for key, name in rows:
         if key == "val_acc":
             change = f"{100 * (two[key] - one[key]):+.2f} points"

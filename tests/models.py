@@ -16,7 +16,6 @@ from lego.config import Criterion, KVPolicy, ModelConfig, UpperKV
 from lego.model import LegoModel
 from lego.strategies import EarlyExit
 
-
 VOCAB = 50
 CRITERIA: tuple[Criterion, ...] = ("max_prob", "margin", "entropy", "gate")
 # which models a policy serves

@@ -8,7 +8,7 @@ import torch
 
 from lego.decoding import CachedDecoder, UncachedDecoder
 from lego.kv_cache import KVCache, attend_within
-from lego.strategies import EarlyExit, FullDepth
+from lego.strategies import EarlyExit, FullDepth, Uncached
 from tests.models import (
     CRITERIA,
     POLICIES,
@@ -156,7 +156,7 @@ def test_propagate_projects_the_exit_state_through_every_skipped_layer(variant):
     exit_state = model(ids).exit_state
     for layer, block in enumerate(model.upper):
         x = block.attention_norm(exit_state)
-        k, v = block.attention.project_kv(x, model.rotate, torch.arange(18)[None])
+        k, v = block.attention.project_kv(x, model.rotary(torch.arange(18)[None]))
         torch.testing.assert_close(keys[layer, exits], k[0, exits], **CLOSE)
         torch.testing.assert_close(values[layer, exits], v[0, exits], **CLOSE)
 
@@ -193,7 +193,7 @@ def test_a_token_keeps_its_absolute_position(policy, num_prompt):
             return model.upper_kv(states, position[None])[0][0][0]
         block = model.upper[0]
         x = block.attention_norm(states)
-        return block.attention.project_kv(x, model.rotate, position[None])[0][0]
+        return block.attention.project_kv(x, model.rotary(position[None]))[0][0]
 
     got = filled(decoder)[0][0]
     torch.testing.assert_close(got, keys_at(position), **CLOSE)
@@ -250,10 +250,12 @@ def test_rows_of_different_lengths_owe_different_amounts(policy):
             torch.testing.assert_close(got, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("all_logits", [False, True])
 @BOTH
-def test_uncached_steps_are_full_depth_steps(upper_kv):
+def test_uncached_steps_are_full_depth_steps(upper_kv, all_logits):
     model, ids = tiny_model(upper_kv), token_ids(3, 9)
-    uncached, cached = UncachedDecoder(model), CachedDecoder(model, FullDepth(), 3, 9)
+    uncached = UncachedDecoder(model, Uncached(all_logits=all_logits))
+    cached = CachedDecoder(model, FullDepth(), 3, 9)
     prompts = [ids[0, :4], ids[1, :0], ids[2, :2]]
     for decoder in (uncached, cached):
         decoder.prefill(prompts)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
@@ -57,6 +58,17 @@ def assert_counted(counts, seen):
         assert getattr(counts, f"{part}_passes") == getattr(seen, f"{part}_passes"), part
 
 
+def spread_stops(rows):
+    """Two tokens that end the rows at as many different steps as any two do."""
+
+    def lengths(stop):
+        ends = ([t for t, token in enumerate(row, 1) if token in stop] for row in rows)
+        return [min(end, default=len(row)) for end, row in zip(ends, rows, strict=True)]
+
+    pairs = combinations(sorted({token for row in rows for token in row}), 2)
+    return max(pairs, key=lambda stop: (len(set(lengths(stop))), sum(lengths(stop))))
+
+
 def generate_watched(model, prompts, num_new, strategy, **options):
     """The output, and what ran in prefill and in both together."""
     with watch(model) as in_prefill:
@@ -68,8 +80,9 @@ def generate_watched(model, prompts, num_new, strategy, **options):
     return output, in_prefill, in_all
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("variant", ["gqa", "all", "shallow"])
+@pytest.mark.parametrize(
+    ("variant", "sampling"), [("gqa", "greedy"), ("all", "sampled"), ("shallow", "greedy")]
+)
 @pytest.mark.parametrize("criterion", CRITERIA)
 @ANY_POLICY
 def test_skipped_layers_are_never_called(policy, criterion, variant, sampling):
@@ -128,10 +141,14 @@ def test_full_depth_and_uncached_calls(upper_kv, variant):
     assert seen.head == 10 and seen.gate == 0
     assert all(math.isnan(x) for row in output.confidence for x in row)
     assert output.exit_layer == [[model.config.num_layers] * 5] * 2
-    _, in_prefill, seen = generate_watched(model, prompts, 5, Uncached())
-    assert in_prefill.nothing
-    assert set(seen.lower) == set(seen.upper) == {2 * sum(7 + step for step in range(5))}
-    assert seen.head == 10
+    padded = 2 * sum(7 + step for step in range(5))
+    for all_logits in (False, True):
+        strategy = Uncached(all_logits=all_logits)
+        uncached, in_prefill, seen = generate_watched(model, prompts, 5, strategy)
+        assert in_prefill.nothing
+        assert set(seen.lower) == set(seen.upper) == {padded}
+        assert seen.head == (padded if all_logits else 10)
+        assert_same_rows(uncached, output)
 
 
 @BOTH
@@ -145,8 +162,7 @@ def test_dense_model(upper_kv):
     assert_same_rows(generate(model, PROMPTS, 6, Uncached()), output)
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("variant", ["gqa", "all"])
+@pytest.mark.parametrize(("variant", "sampling"), [("gqa", "greedy"), ("all", "sampled")])
 @ANY_POLICY
 def test_threshold_infinity_is_full_depth(policy, variant, sampling):
     model, options = model_for(policy, **VARIANTS[variant]), {"sampling": SAMPLINGS[sampling]}
@@ -194,8 +210,7 @@ def test_every_row_of_a_batch_is_as_if_alone(policy, criterion):
     observed = generate(model, PROMPTS, 16, strategy).confidence
     strategy = replace(strategy, threshold=midway([x for row in observed for x in row]))
     free = generate(model, PROMPTS, 16, strategy)
-    # rows end at different times: each at the first token that another row has early on
-    stop = [free.tokens[1][3], free.tokens[3][5], free.tokens[4][9]]
+    stop = spread_stops(free.tokens)
     together = generate(model, PROMPTS, 16, strategy, stop_tokens=stop)
     assert_mixed(together, model)
     lengths = [len(row) for row in together.tokens]

@@ -155,8 +155,9 @@ def test_project_kv_is_what_the_layer_attends_to(variant):
         seen.extend(kv)
         return q
 
-    attention(x, model.rotate, position, attend)
-    for got, expected in zip(attention.project_kv(x, model.rotate, position), seen, strict=True):
+    angles = model.rotary(position)
+    attention(x, angles, attend)
+    for got, expected in zip(attention.project_kv(x, angles), seen, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -194,8 +195,9 @@ def test_skipped_upper_layers_are_left_out(upper_kv):
     attend = model.attend_upper_within(state, position)
     nothing = model.run_upper(state, position, attend, skip=frozenset({0, 1, 2}))
     assert torch.equal(nothing, state)
-    first = model.upper[0](state, model.rotate, position, attend(0))
-    last = model.upper[2](first, model.rotate, position, attend(2))
+    angles = model.rotary(position)
+    first = model.upper[0](state, angles, attend(0))
+    last = model.upper[2](first, angles, attend(2))
     got = model.run_upper(state, position, attend, skip=frozenset({1}))
     assert torch.equal(got, last)
 
@@ -241,10 +243,16 @@ def test_initialisation():
 def test_rotary_tables_are_not_stored_and_follow_the_dtype():
     model = tiny_model(dtype=torch.float32)
     assert not any("cos" in name or "sin" in name for name in model.state_dict())
-    assert model.rotate.cos.shape == (64, 4)
+    assert model.rotary.cos.shape == (64, 4)
     assert model(token_ids(1, 3)).final_state.dtype == torch.float32
     assert model.double()(token_ids(1, 3)).final_state.dtype == torch.float64
     assert model.bfloat16()(token_ids(1, 3)).final_state.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("position", [64, 2**40, -1, -64, -65])
+def test_a_position_outside_the_tables_is_an_error(position):
+    with pytest.raises(IndexError):
+        tiny_model().rotary(torch.tensor([[0, position]]))
 
 
 def test_layers_of_an_exit_state_model_project_queries_alone():

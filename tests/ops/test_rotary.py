@@ -50,8 +50,8 @@ def test_matches_formula(shape, dtype, device, shared):
     generator = torch.Generator().manual_seed(2)
     num_rows = 1 if shared else shape[0]
     position = torch.randint(90, (num_rows, shape[1]), generator=generator)
-    tables = (table.to(device) for table in rotary_tables(shape[-1], 90, 100.0))
-    got = rotary(x, position.to(device), *tables)
+    angles = (table[position].to(device) for table in rotary_tables(shape[-1], 90, 100.0))
+    got = rotary(x, *angles)
     assert got.dtype == dtype and got.shape == x.shape
     # the tables are float32 whatever the dtype of x
     bound = max(ERROR[dtype], 2e-7) * 4
@@ -60,7 +60,7 @@ def test_matches_formula(shape, dtype, device, shared):
 
 def test_float64_in_is_float64_out():
     x, (cos, sin) = random((1, 1, 1, 4), torch.float64, "cpu"), rotary_tables(4, 8, 10.0)
-    got = rotary(x, torch.tensor([[7]]), cos, sin)[0, 0, 0]
+    got = rotary(x, cos[None, 7:], sin[None, 7:])[0, 0, 0]
     first, second = x[0, 0, 0].chunk(2)
     c, s = cos[7].double(), sin[7].double()
     exact = torch.cat((first * c - second * s, first * s + second * c))
@@ -68,18 +68,11 @@ def test_float64_in_is_float64_out():
 
 
 def test_edges():
-    tables = rotary_tables(4, 8, 10.0)
+    cos, sin = rotary_tables(4, 3, 10.0)
     x = random((2, 3, 2, 4), torch.float32, "cpu")
-    assert torch.equal(rotary(x, torch.zeros(2, 3).long(), *tables), x)
-    assert rotary(x[:0], torch.zeros(0, 3).long(), *tables).shape == (0, 3, 2, 4)
-    assert rotary(x[:, :0], torch.zeros(2, 0).long(), *tables).shape == (2, 0, 2, 4)
-
-
-@pytest.mark.parametrize("position", [8, 2**40, -1, -8, -9])
-def test_a_position_outside_the_tables_is_an_error(position):
-    tables = rotary_tables(4, 8, 10.0)
-    with pytest.raises(IndexError):
-        rotary(torch.ones(1, 2, 1, 4), torch.tensor([[0, position]]), *tables)
+    assert torch.equal(rotary(x, cos[:1].expand(2, 3, 2), sin[:1].expand(2, 3, 2)), x)
+    assert rotary(x[:0], cos[None], sin[None]).shape == (0, 3, 2, 4)
+    assert rotary(x[:, :0], cos[None, :0], sin[None, :0]).shape == (2, 0, 2, 4)
 
 
 @pytest.mark.parametrize(("head_dim", "theta"), [(3, 10.0), (4, 0.0), (4, -1.0)])
@@ -90,18 +83,28 @@ def test_refuses(head_dim, theta):
     assert str(caught.value) == f"rotary_tables: {sentence}"
 
 
+@pytest.mark.parametrize("width", [2, 3, 5, 8])
+def test_refuses_heads_of_another_width(width):
+    cos, sin = rotary_tables(4, 3, 10.0)
+    with pytest.raises(ValueError) as caught:
+        rotary(torch.ones(1, 3, 2, width), cos[None], sin[None])
+    sentence = f"rotary: x must have heads of width 4, got (1, 3, 2, {width})"
+    assert str(caught.value) == sentence
+
+
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.integers(0, 400), st.integers(0, 99), st.integers(0, 99), st.integers(0, 99))
 def test_scores_depend_on_the_distance_alone(shift, first, second, seed):
     q, k = random((2, 1, 1, 1, 8), torch.float64, "cpu", seed=seed)
     cos, sin = rotary_tables(8, 500, 100.0)
 
+    def at(x, position):
+        return rotary(x, cos[None, position, None], sin[None, position, None])
+
     def score(i, j):
-        at = [torch.tensor([[i]]), torch.tensor([[j]])]
-        return (rotary(q, at[0], cos, sin) * rotary(k, at[1], cos, sin)).sum()
+        return (at(q, i) * at(k, j)).sum()
 
     torch.testing.assert_close(
         score(first, second), score(first + shift, second + shift), rtol=0, atol=1e-5
     )
-    before, after = q.norm(), rotary(q, torch.tensor([[first]]), cos, sin).norm()
-    torch.testing.assert_close(after, before, rtol=1e-6, atol=0)
+    torch.testing.assert_close(at(q, first).norm(), q.norm(), rtol=1e-6, atol=0)
