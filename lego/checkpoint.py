@@ -63,30 +63,39 @@ def load_checkpoint(path: Path) -> Checkpoint:
         )
     try:
         model = LegoModel(ModelConfig(**config["model"]))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"load_checkpoint: {path / _CONFIG} must be whole, got {error}") from error
     _load_weights(model, path / _WEIGHTS)
-    calibration = None
-    if (path / _CALIBRATION).is_file():
-        try:
-            calibration = Calibration(**_read_json(path / _CALIBRATION))
-        except TypeError as error:
-            raise ValueError(
-                f"load_checkpoint: {path / _CALIBRATION} must be whole, got {error}"
-            ) from error
     tokenizer = Tokenizer.load(path / _TOKENIZER)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"load_checkpoint: {path / _TOKENIZER} must have {model.config.vocab_size} tokens, "
             f"got {tokenizer.vocab_size}"
         )
-    return Checkpoint(model.eval(), tokenizer, calibration)
+    return Checkpoint(model.eval(), tokenizer, _load_calibration(path / _CALIBRATION))
+
+
+def _load_calibration(path: Path) -> Calibration | None:
+    if not path.is_file():
+        return None
+    try:
+        calibration = Calibration(**_read_json(path))
+        numbers = all(isinstance(value, float) for value in calibration.threshold.values())
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"load_checkpoint: {path} must be whole, got {error}") from error
+    if not numbers:
+        raise ValueError(
+            f"load_checkpoint: {path} must hold thresholds, got {calibration.threshold}"
+        )
+    return calibration
 
 
 def _load_weights(model: LegoModel, path: Path) -> None:
     try:
         tensors = load_file(path)
         if model.config.tie_embeddings:
+            if "head.weight" in tensors:
+                raise KeyError("head.weight, but the config ties it to the embedding")
             tensors["head.weight"] = tensors["embedding.weight"]
         model.load_state_dict(tensors)
     except (SafetensorError, FileNotFoundError, KeyError, RuntimeError) as error:

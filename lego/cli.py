@@ -6,7 +6,6 @@ one line on stderr and exit code 2.
 
 from __future__ import annotations
 
-import json as json_module
 import os
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from lego import commands
 from lego.commands import Generate
 from lego.config import PRESETS, ExperimentConfig
 from lego.doctor import diagnose, print_diagnosis
+from lego.files import to_json
 
 Preset = Literal["quick", "seed", "wide"]
 
@@ -84,9 +84,8 @@ class Doctor:
 def run_command(args: Sequence[str] | None = None) -> int:
     """Parse the arguments (sys.argv by default), run the command and return its exit code."""
     args = list(sys.argv[1:] if args is None else args)
-    command = _parse(args)
     try:
-        return _run(command)
+        return _run(_parse(args))
     except BrokenPipeError:
         # whoever read our output has seen enough; nothing may be flushed at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -147,5 +146,5 @@ def _run(command: Run | Train | Evaluate | Generate | Doctor) -> int:
     else:
         found = commands.generate_text(command, console)
     if command.json:
-        print(json_module.dumps(found, indent=2))
+        print(to_json(found), end="")
     return 0

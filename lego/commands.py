@@ -14,7 +14,7 @@ from rich.text import Text
 from lego.calibration import calibrate_by_quantile
 from lego.checkpoint import Checkpoint, load_checkpoint
 from lego.config import Criterion, ExperimentConfig, KVPolicy
-from lego.data import Corpus, prepare_corpus
+from lego.data import Corpus
 from lego.environment import environment
 from lego.evaluation import quality, score_tokens
 from lego.experiment import Outcome, load_corpus, run_experiment, train_checkpoint, two_stage
@@ -72,16 +72,19 @@ class Generate:
 def run(config: ExperimentConfig, path: Path, console: Console) -> dict[str, Any]:
     """`lego run`: the whole experiment; resumes, or prints the results of a run that is done."""
     folder, corpus = RunFolder(path), load_corpus(config)
-    folder.claim(config)
+    folder.claim(config, corpus.sha256)
     results = folder.results()
     if results is not None:
         print_results(console, results)
-        console.print(f"This run was done before; its folder is {path}", highlight=False)
+        console.print(
+            f"This run was done before; its folder is {path}", highlight=False, markup=False
+        )
         return results
     machine = environment()
     console.print(
         f"{path}: {config.data.name} on {machine['cpu']}, {machine['cpu_threads']} threads",
         highlight=False,
+        markup=False,
     )
     with TrainingDisplay(console, path / "events") as display:
         outcome = run_experiment(config, corpus, path, display.watch)
@@ -93,17 +96,17 @@ def run(config: ExperimentConfig, path: Path, console: Console) -> dict[str, Any
     print_results(console, results)
     console.rule("sample", style="dim")
     console.print(sample)
-    console.print(f"Results, plots and checkpoint are in {path}", highlight=False)
+    console.print(f"Results, plots and checkpoint are in {path}", highlight=False, markup=False)
     return results
 
 
 def train(config: ExperimentConfig, path: Path, console: Console) -> dict[str, Any]:
     """`lego train`: the model alone, with its threshold."""
     corpus = load_corpus(config)
-    RunFolder(path).claim(config)
+    RunFolder(path).claim(config, corpus.sha256)
     with TrainingDisplay(console, path / "events") as display:
         _, checkpoint = train_checkpoint(config, corpus, path, display.watch)
-    console.print(f"Checkpoint is in {RunFolder(path).checkpoint}", highlight=False)
+    console.print(f"Checkpoint is in {RunFolder(path).checkpoint}", highlight=False, markup=False)
     assert checkpoint.calibration is not None
     return {
         "checkpoint": str(RunFolder(path).checkpoint),
@@ -113,13 +116,9 @@ def train(config: ExperimentConfig, path: Path, console: Console) -> dict[str, A
 
 def evaluate(path: Path, shallow_ratio: float | None, console: Console) -> dict[str, Any]:
     """`lego evaluate`: both exits and every criterion on the run's validation split."""
-    config, checkpoint = RunFolder(path).config(), load_checkpoint(RunFolder(path).checkpoint)
-    corpus, seq_len = prepare_corpus(config.data), config.train.seq_len
-    if corpus.tokenizer.vocab_size != checkpoint.tokenizer.vocab_size:
-        raise ValueError(
-            f"evaluate: the data of {path} must have {checkpoint.tokenizer.vocab_size} tokens as "
-            f"in training, got {corpus.tokenizer.vocab_size}"
-        )
+    folder = RunFolder(path)
+    config, corpus = folder.config(), folder.corpus()
+    checkpoint, seq_len = load_checkpoint(folder.checkpoint), config.train.seq_len
     model, calibration = checkpoint.model, checkpoint.calibration
     if calibration is None or shallow_ratio is not None:
         confidence = score_tokens(model, corpus.calibration, seq_len).confidence
@@ -179,7 +178,7 @@ def generate_text(options: Generate, console: Console) -> dict[str, Any]:
     shallow = sum(depth < model.config.num_layers for depth in depths)
     if options.show_exits:
         console.print(legend(model.config.exit_layer, model.config.num_layers))
-        console.print(f"{shallow} of {len(depths)} tokens exited", highlight=False)
+        console.print(f"{shallow} of {len(depths)} tokens exited", highlight=False, markup=False)
     return {
         "text": tokenizer.decode(tokens),
         "tokens": tokens,

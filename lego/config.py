@@ -19,6 +19,13 @@ Recipe = Literal["lego", "joint"]
 TokenizerKind = Literal["bpe", "word"]
 
 
+# the KV policies that go with each kind of upper block, the default first
+KV_POLICIES: dict[UpperKV, tuple[KVPolicy, ...]] = {
+    "exit_state": ("exact",),
+    "own": ("recompute", "propagate", "hole"),
+}
+
+
 def _require(holds: bool, name: str, rule: str, got: object) -> None:
     if not holds:
         raise ValueError(f"{name}: {rule}, got {got}")
@@ -194,6 +201,7 @@ class TrainConfig:
             _require(
                 getattr(self, name) >= 0, f"TrainConfig.{name}", "must be >= 0", getattr(self, name)
             )
+        _require(self.seed < 2**63, "TrainConfig.seed", "must be < 2**63", self.seed)
         _require_choice("TrainConfig.recipe", self.recipe, Recipe)
 
 
@@ -266,6 +274,13 @@ class ExperimentConfig:
             f"must be >= {longest}, the longest sequence of train and timing",
             self.model.max_seq_len,
         )
+        policies = KV_POLICIES[self.model.upper_kv]
+        _require(
+            self.exit.kv_policy in (None, *policies),
+            "ExperimentConfig.exit.kv_policy",
+            f"must be one of {policies} for upper_kv={self.model.upper_kv!r}",
+            repr(self.exit.kv_policy),
+        )
         _require(
             self.model.num_upper_layers >= 1,
             "ExperimentConfig.model.exit_layer",
@@ -281,7 +296,7 @@ PRESETS: dict[str, ExperimentConfig] = {
     "seed": ExperimentConfig(
         data=DataConfig(name="wikitext2", tokenizer="word", vocab_size=70_000),
         model=ModelConfig(dim=64, hidden_dim=176, upper_kv="own"),
-        train=TrainConfig(max_tokens=320_000, seq_len=32, batch_size=16),
+        train=TrainConfig(max_tokens=320_000, seq_len=32, batch_size=16, epochs=1),
         exit=ExitConfig(kv_policy="hole", compare_upper_kv=True),
     ),
     "wide": ExperimentConfig(
@@ -289,6 +304,6 @@ PRESETS: dict[str, ExperimentConfig] = {
         model=ModelConfig(
             dim=256, num_layers=8, exit_layer=4, num_heads=8, num_kv_heads=8, hidden_dim=704
         ),
-        train=TrainConfig(max_tokens=600_000, epochs=1, learning_rate=2e-3),
+        train=TrainConfig(max_tokens=400_000, epochs=1, learning_rate=2e-3),
     ),
 }

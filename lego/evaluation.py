@@ -104,7 +104,7 @@ def quality(nll_N: Tensor, correct_N: Tensor, split: TokenSplit) -> Quality:
     nats = nll_N.double().mean().item()
     tokens = len(split.ids) - 1
     return Quality(
-        ppl=math.exp(nats),
+        ppl=_exp(nats),
         accuracy=correct_N.double().mean().item(),
         word_ppl=_exp(nats * tokens / split.num_words),
         bits_per_byte=nats * tokens / split.num_bytes / math.log(2),
@@ -113,7 +113,7 @@ def quality(nll_N: Tensor, correct_N: Tensor, split: TokenSplit) -> Quality:
 
 def perplexity(nll_N: Tensor) -> float:
     """exp of the mean; NaN over no tokens."""
-    return math.exp(nll_N.double().mean().item()) if len(nll_N) else math.nan
+    return _exp(nll_N.double().mean().item()) if len(nll_N) else math.nan
 
 
 def _exp(nats: float) -> float:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextmanager
@@ -29,6 +31,19 @@ def replacing_file(path: Path) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
 
 
+def to_json(values: Any) -> str:
+    """Indented JSON; numbers that are not finite, which JSON lacks, become null."""
+    return json.dumps(_finite(values), indent=2, allow_nan=False) + "\n"
+
+
+def _finite(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _finite(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text through `replacing_file`."""
     with replacing_file(path) as file:
@@ -46,7 +61,11 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             # a folder cannot be renamed over a full one: the old one steps aside first
             old = path.with_name(f".{path.name}.{uuid.uuid4().hex}.old")
             path.rename(old)
-            partial.rename(path)
+            try:
+                partial.rename(path)
+            except OSError:
+                old.rename(path)
+                raise
             shutil.rmtree(old)
         else:
             partial.rename(path)

@@ -44,7 +44,7 @@ class Rotary(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, position_BT: Tensor) -> Angles:
-        """IndexError if a position is not in [0, max_seq_len)."""
+        """Positions are in [0, max_seq_len); one at or past its end is an IndexError."""
         return self.cos[position_BT], self.sin[position_BT]
 
 

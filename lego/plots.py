@@ -40,7 +40,7 @@ def plot_loss(history: Mapping[str, list[Evaluation]]) -> Figure:
         (line,) = axes.plot(steps, [e.holdout_loss for e in evaluations], marker="o", label=phase)
         color = line.get_color()
         axes.plot(steps, [e.train_loss for e in evaluations], linestyle=":", color=color)
-    axes.set_title("Held-out loss (dotted: training)")
+    axes.set_title("Held-out loss (dotted: training; phase 2: hard tokens)")
     axes.legend()
     return figure
 
@@ -97,4 +97,5 @@ def _axes(x_label: str, y_label: str) -> tuple[Figure, Any]:
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
     return figure, axes

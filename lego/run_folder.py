@@ -22,7 +22,8 @@ from lego.config import (
     TimingConfig,
     TrainConfig,
 )
-from lego.files import write_text
+from lego.data import Corpus, prepare_corpus
+from lego.files import to_json, write_text
 
 _SECTIONS = {
     "data": DataConfig,
@@ -43,20 +44,21 @@ class RunFolder:
     def checkpoint(self) -> Path:
         return self.path / "checkpoint"
 
-    def claim(self, config: ExperimentConfig) -> None:
-        """Make the folder for this configuration, or check that it was made for it.
+    def claim(self, config: ExperimentConfig, sha256: str) -> None:
+        """Make the folder for this configuration and text, or check that it is theirs.
 
-        Raises: ValueError if it belongs to another configuration, naming the first difference.
+        Raises: ValueError if it belongs to another, naming the first difference.
         """
         values = to_toml(config)
-        file = self.path / "config.toml"
-        if not file.exists():
+        values["data"]["sha256"] = sha256
+        if not self._config_file.exists():
             self.path.mkdir(parents=True, exist_ok=True)
-            write_text(file, tomli_w.dumps(values))
+            write_text(self._config_file, tomli_w.dumps(values))
             return
-        saved = to_toml(self.config())
+        self.config()  # a damaged one is told apart from another one
+        saved = self._read()
         for section in values:
-            for name in values[section].keys() | saved[section].keys():
+            for name in sorted(values[section].keys() | saved[section].keys()):
                 ours, theirs = values[section].get(name), saved[section].get(name)
                 if ours != theirs:
                     raise ValueError(
@@ -66,15 +68,25 @@ class RunFolder:
 
     def config(self) -> ExperimentConfig:
         """The configuration in config.toml; ValueError if it is missing or not one."""
-        file = self.path / "config.toml"
-        if not file.is_file():
-            raise ValueError(f"run folder: must hold config.toml, got {self.path}")
+        values = self._read()
+        del values["data"]["sha256"]
+        if "data_dir" in values["data"]:
+            values["data"]["data_dir"] = Path(values["data"]["data_dir"])
         try:
-            values = tomllib.loads(file.read_text(encoding="utf-8"))
             sections = {name: make(**values[name]) for name, make in _SECTIONS.items()}
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"run folder: {file} must be a configuration, got {error}") from error
-        return ExperimentConfig(**sections)
+            return ExperimentConfig(**sections)
+        except (TypeError, ValueError) as error:
+            raise self._unreadable(self._config_file, error) from error
+
+    def corpus(self) -> Corpus:
+        """The corpus that the run was made with; ValueError if its text has changed since."""
+        corpus, sha256 = prepare_corpus(self.config().data), self._read()["data"]["sha256"]
+        if corpus.sha256 != sha256:
+            raise ValueError(
+                f"run folder: the text {corpus.name} of {self.path} must have SHA-256 {sha256}, "
+                f"got {corpus.sha256}"
+            )
+        return corpus
 
     def results(self) -> dict[str, Any] | None:
         """What results.json holds; None while the run is not done."""
@@ -82,12 +94,34 @@ class RunFolder:
         if not file.is_file():
             return None
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"run folder: {file} must be JSON, got {error}") from error
+            results = json.loads(file.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise self._unreadable(file, error) from error
+        if not isinstance(results, dict):
+            raise self._unreadable(file, "no object")
+        return results
 
     def write_results(self, results: dict[str, Any]) -> None:
-        write_text(self.path / "results.json", json.dumps(results, indent=2) + "\n")
+        write_text(self.path / "results.json", to_json(results))
+
+    @property
+    def _config_file(self) -> Path:
+        return self.path / "config.toml"
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        """config.toml with all its sections and the hash of the text."""
+        if not self._config_file.is_file():
+            raise ValueError(f"run folder: must hold config.toml, got {self.path}")
+        try:
+            values = tomllib.loads(self._config_file.read_text(encoding="utf-8"))
+            sections = {name: dict(values[name]) for name in _SECTIONS}
+            sections["data"]["sha256"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._unreadable(self._config_file, error) from error
+        return sections
+
+    def _unreadable(self, file: Path, reason: object) -> ValueError:
+        return ValueError(f"run folder: {file} must be as `lego` wrote it, got {reason}")
 
 
 def to_toml(config: ExperimentConfig) -> dict[str, dict[str, Any]]:

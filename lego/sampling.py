@@ -10,13 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lego.seeding import generator
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How tokens are drawn. temperature 0 is greedy: the highest logit, the lowest id on a tie.
 
-    top_k keeps the k highest logits (0: all); top_p keeps the smallest set of tokens whose
-    probability reaches p (1: all). The same seed gives the same tokens.
+    top_k keeps the k highest logits and what ties with the last of them (0: all). top_p keeps the
+    smallest set of tokens whose probability reaches p (1: all). A seed fixes the tokens.
     """
 
     temperature: float = 0.0
@@ -46,27 +48,30 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, num_rows: int) -> None:
         self.sampling = sampling
-        self._generators = [
-            torch.Generator().manual_seed((sampling.seed + row * 0x9E3779B97F4A7C15) % 2**63)
-            for row in range(num_rows)
-        ]
+        self._generators = [generator(sampling.seed, row) for row in range(num_rows)]
 
     def draw(self, logits_BV: Tensor, rows: list[int]) -> list[int]:
-        """One token id for each row of logits; `rows` names the generator of each."""
+        """One token id for each row of logits; `rows` names the generator of each.
+
+        Raises: FloatingPointError if a token is to be drawn from logits with a NaN.
+        """
         if self.sampling.temperature == 0:
             return logits_BV.argmax(dim=-1).tolist()
         prob_BV = token_probabilities(logits_BV, self.sampling)
         uniform = [torch.rand(1, generator=self._generators[r], dtype=torch.float64) for r in rows]
-        cumulative_BV = prob_BV.double().cumsum(dim=-1)
+        cumulative_BV = prob_BV.cumsum(dim=-1)
+        if not bool(cumulative_BV[:, -1].isfinite().all()):
+            raise FloatingPointError("Sampler: logits must have a softmax, got NaN")
         # scaled by the total, so that rounding in the sum cannot push a draw past the last token
         target_B1 = torch.stack(uniform).to(cumulative_BV.device) * cumulative_BV[:, -1:]
         return torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(1).tolist()
 
 
 def token_probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution [B, V], float32 or wider, that sampling at temperature > 0 draws from."""
-    compute_dtype = torch.promote_types(logits_BV.dtype, torch.float32)
-    scaled_BV = logits_BV.to(compute_dtype) / sampling.temperature
+    """The distribution [B, V], float64, that sampling at temperature > 0 draws from."""
+    logits_BV = logits_BV.double()
+    # the highest logit becomes 0, so that no temperature makes it infinite
+    scaled_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / sampling.temperature
     if 0 < sampling.top_k < scaled_BV.size(1):
         kth_B1 = scaled_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
         scaled_BV = scaled_BV.masked_fill(scaled_BV < kth_B1, -torch.inf)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import get_args
 
-from lego.config import Criterion, KVPolicy
+from lego.config import KV_POLICIES, Criterion, KVPolicy
 from lego.model import LegoModel
 
 
@@ -51,10 +51,7 @@ class EarlyExit:
         """The KV policy to use with this model; ValueError if they do not go together."""
         if not model.upper:
             raise ValueError("EarlyExit: the model must have an upper block, got a dense model")
-        if model.config.upper_kv == "exit_state":
-            legal: tuple[KVPolicy, ...] = ("exact",)
-        else:
-            legal = ("recompute", "propagate", "hole")
+        legal = KV_POLICIES[model.config.upper_kv]
         policy = self.kv_policy or legal[0]
         if policy not in legal:
             raise ValueError(

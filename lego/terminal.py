@@ -70,8 +70,8 @@ class PhaseWatcher:
 
     def started(self, total_steps: int, step: int) -> None:
         folder = str(self.display.events_folder / self.phase)
-        # steps that a kill cut off will be written again
-        self.events = SummaryWriter(folder, purge_step=step)
+        # later steps, which a kill cut off, will be written again
+        self.events = SummaryWriter(folder, purge_step=step + 1)
         self.start = time.monotonic()
         self.first_step = step
         self.task = self.display.bars.add_task(

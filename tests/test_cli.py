@@ -239,7 +239,10 @@ def test_bad_data(tmp_path, capsys, monkeypatch, command, data, message):
         (("--train.seq-len", "49"), "max_seq_len: must be >= 49"),
         (("--timing.new-tokens", "100"), "max_seq_len: must be >= 104"),
         (("--model.exit-layer", "4"), "exit_layer: must be < num_layers=4"),
-        (("--exit.kv-policy", "hole"), "EarlyExit.kv_policy: must be one of ('exact',)"),
+        (
+            ("--exit.kv-policy", "hole"),
+            "ExperimentConfig.exit.kv_policy: must be one of ('exact',)",
+        ),
         (("--timing.num-prompts", "5000"), "the split must hold 5000 prompts of 4 tokens"),
         (("--train.max-tokens", "31"), "there must be 2 windows of 16 tokens to train, got 1"),
     ],

@@ -110,15 +110,15 @@ def without_context(config, counts):
 def test_expected_true_cost_is_what_decoding_reads(policy, criterion, variant):
     model = model_for(policy, **VARIANTS[variant])
     config, prompt = model.config, token_ids(1, 1, seed=4).tolist()
-    full = without_context(config, generate(model, prompt, 40, FullDepth()).stats.decode)
+    full = without_context(config, generate(model, prompt, 20, FullDepth()).stats.decode)
     for threshold, mixed in [
         (math.inf, False),
         (0.0, False),
         (early_exit(model, policy, criterion).threshold, True),
     ]:
         strategy = EarlyExit(threshold=threshold, criterion=criterion, kv_policy=policy)
-        output = generate(model, prompt, 40, strategy)
-        ratio = sum(layer == config.exit_layer for layer in output.exit_layer[0]) / 40
+        output = generate(model, prompt, 20, strategy)
+        ratio = sum(layer == config.exit_layer for layer in output.exit_layer[0]) / 20
         assert 0 < ratio < 1 if mixed else ratio in (0, 1)
         read = without_context(config, output.stats.decode)
         expected = expected_true_cost(config, ratio, criterion)

@@ -69,9 +69,11 @@ def test_full_depth_steps_are_the_parallel_forward(upper_kv, variant, num_prompt
     assert (depth == model.config.num_layers).all() and scores.isnan().all()
 
 
-@pytest.mark.parametrize("num_prompt", [0, 6])
+@pytest.mark.parametrize(
+    ("criterion", "num_prompt"),
+    [("max_prob", 0), ("max_prob", 6), ("margin", 6), ("entropy", 0), ("gate", 6)],
+)
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("criterion", CRITERIA)
 @EXACT
 def test_steps_are_the_parallel_two_stage_evaluation(policy, criterion, variant, num_prompt):
     model, ids = model_for(policy, **VARIANTS[variant]), token_ids(2, 18)
@@ -268,6 +270,17 @@ def test_uncached_steps_are_full_depth_steps(upper_kv, all_logits):
         decoder.keep([2, 0])
     one, other = uncached.step(ids[:2, 6]), cached.step(ids[:2, 6])
     torch.testing.assert_close(one.logits_BV, other.logits_BV, **CLOSE)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_confidence_at_the_threshold_exits(criterion):
+    model, ids = tiny_model(), token_ids(1, 6)
+    _, _, scores, _ = run_steps(model, EarlyExit(threshold=0.0, criterion=criterion), ids)
+    for t, score in enumerate(scores[0].tolist()):
+        for threshold, layers in [(score, 2), (math.nextafter(score, 2), 4)]:
+            strategy = EarlyExit(threshold=threshold, criterion=criterion)
+            _, depth, _, _ = run_steps(model, strategy, ids)
+            assert depth[0, t] == layers
 
 
 def test_a_nan_confidence_goes_deep():

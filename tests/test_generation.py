@@ -166,11 +166,11 @@ def test_dense_model(upper_kv):
 @ANY_POLICY
 def test_threshold_infinity_is_full_depth(policy, variant, sampling):
     model, options = model_for(policy, **VARIANTS[variant]), {"sampling": SAMPLINGS[sampling]}
-    full = generate(model, PROMPTS, 15, FullDepth(), **options)
-    assert_same_rows(generate(model, PROMPTS, 15, Uncached(), **options), full)
+    full = generate(model, PROMPTS, 10, FullDepth(), **options)
+    assert_same_rows(generate(model, PROMPTS, 10, Uncached(), **options), full)
     for criterion in CRITERIA:
         never = EarlyExit(threshold=math.inf, criterion=criterion, kv_policy=policy)
-        got = generate(model, PROMPTS, 15, never, **options)
+        got = generate(model, PROMPTS, 10, never, **options)
         assert got.tokens == full.tokens and got.exit_layer == full.exit_layer
         assert all(0 <= x <= 1 for row in got.confidence for x in row)
     # greedy text of a tiny model may loop, but not all of it

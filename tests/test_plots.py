@@ -53,7 +53,12 @@ def texts(path):
 
 
 WANTED = {
-    "loss.svg": {"Held-out loss (dotted: training)", "step", "phase1", "phase2_exit_state"},
+    "loss.svg": {
+        "Held-out loss (dotted: training; phase 2: hard tokens)",
+        "step",
+        "phase1",
+        "phase2_exit_state",
+    },
     "confidence.svg": {
         "Tokens right of the threshold exit",
         "confidence (max_prob)",

@@ -11,6 +11,7 @@ from lego.config import PRESETS, DataConfig, ExitConfig, ExperimentConfig
 from lego.run_folder import RunFolder, to_toml
 
 QUICK = PRESETS["quick"]
+SHA = "0" * 64  # of the text that the run was made with
 OTHER = {
     "data": {"name": "stdlib", "data_dir": Path("here"), "tokenizer": "word", "vocab_size": 999},
     "model": {"dim": 64, "upper_kv": "own", "qk_norm": True, "rope_theta": 5e5},
@@ -28,10 +29,10 @@ def changed(section, name, value):
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_presets_round_trip(tmp_path, preset):
     folder = RunFolder(tmp_path / "deep" / "run")
-    folder.claim(PRESETS[preset])
+    folder.claim(PRESETS[preset], SHA)
     assert folder.config() == PRESETS[preset]
     before = (folder.path / "config.toml").read_bytes()
-    folder.claim(PRESETS[preset])
+    folder.claim(PRESETS[preset], SHA)
     assert (folder.path / "config.toml").read_bytes() == before
     assert [path.name for path in folder.path.iterdir()] == ["config.toml"]
 
@@ -40,8 +41,8 @@ def test_paths_round_trip(tmp_path):
     data = DataConfig(name='odd "name"\\.txt', data_dir=Path("some/where"))
     config = ExperimentConfig(data=data, exit=ExitConfig(kv_policy="exact"))
     folder = RunFolder(tmp_path)
-    folder.claim(config)
-    folder.claim(config)
+    folder.claim(config, SHA)
+    folder.claim(config, SHA)
     assert folder.config() == config
     assert isinstance(folder.config().data.data_dir, Path)
 
@@ -59,11 +60,11 @@ def test_every_field_is_kept():
     [(section, *item) for section, values in OTHER.items() for item in values.items()],
 )
 def test_another_configuration_is_refused(tmp_path, section, name, value):
-    RunFolder(tmp_path).claim(QUICK)
+    RunFolder(tmp_path).claim(QUICK, SHA)
     before = (tmp_path / "config.toml").read_bytes()
     for ours, theirs in ((changed(section, name, value), QUICK),):
         with pytest.raises(ValueError) as error:
-            RunFolder(tmp_path).claim(ours)
+            RunFolder(tmp_path).claim(ours, SHA)
         old = getattr(getattr(theirs, section), name)
         assert f"made with {section}.{name} = {value}, got {old}" in str(error.value)
         assert str(tmp_path) in str(error.value) and "--out" in str(error.value)
@@ -78,9 +79,10 @@ def test_another_configuration_is_refused(tmp_path, section, name, value):
         b"\xff\xfe",
         'data = 3\nmodel = "x"',
         "[data]\ncolour = 3",
-        "[data]\n[model]\n[train]\n[exit]\n",
-        "[data]\n[model]\ndim = 'x'\n[train]\n[exit]\n[timing]\n",
-        "[data]\n[model]\ndim = 0\n[train]\n[exit]\n[timing]\n",
+        "[data]\n[model]\n[train]\n[exit]\n[timing]\n",
+        "[data]\nsha256 = ''\n[model]\n[train]\n[exit]\n",
+        "[data]\nsha256 = ''\n[model]\ndim = 'x'\n[train]\n[exit]\n[timing]\n",
+        "[data]\nsha256 = ''\n[model]\ndim = 0\n[train]\n[exit]\n[timing]\n",
     ],
     ids=str,
 )
@@ -88,19 +90,27 @@ def test_damaged_configuration(tmp_path, text):
     file = tmp_path / "config.toml"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     before = file.read_bytes()
-    for call in (RunFolder(tmp_path).config, lambda: RunFolder(tmp_path).claim(QUICK)):
-        with pytest.raises(ValueError, match="config.toml must be a configuration, got") as error:
+    for call in (RunFolder(tmp_path).config, lambda: RunFolder(tmp_path).claim(QUICK, SHA)):
+        with pytest.raises(
+            ValueError, match="config.toml must be as `lego` wrote it, got"
+        ) as error:
             call()
         assert str(file) in str(error.value)
     assert file.read_bytes() == before
 
 
+def test_another_text_is_refused(tmp_path):
+    RunFolder(tmp_path).claim(QUICK, SHA)
+    with pytest.raises(ValueError, match=f"made with data.sha256 = {'1' * 64}, got {SHA}"):
+        RunFolder(tmp_path).claim(QUICK, "1" * 64)
+
+
 def test_truncated_configuration(tmp_path):
-    RunFolder(tmp_path).claim(QUICK)
+    RunFolder(tmp_path).claim(QUICK, SHA)
     file = tmp_path / "config.toml"
     file.write_bytes(file.read_bytes()[:-40])
     with pytest.raises(ValueError, match="config.toml|timing"):
-        RunFolder(tmp_path).claim(QUICK)
+        RunFolder(tmp_path).claim(QUICK, SHA)
 
 
 def test_no_configuration(tmp_path):

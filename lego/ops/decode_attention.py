@@ -18,14 +18,9 @@ def decode_attention(
     A query that sees no slot gives zeros. Slots past kv_len are never read, whatever they hold.
     Raises: ValueError if the shapes do not fit together or a length is out of range.
     """
-    B, T, H, E = q_BTHE.shape
+    _check_shapes(q_BTHE, k_cache_BSKE, v_cache_BSKE)
+    B, T, H, _ = q_BTHE.shape
     S, K = k_cache_BSKE.shape[1:3]
-    if k_cache_BSKE.shape != (B, S, K, E) or v_cache_BSKE.shape != k_cache_BSKE.shape or H % K:
-        raise ValueError(
-            "decode_attention: caches must be [B, S, K, E] for q [B, T, H, E] with H a multiple "
-            f"of K, got q {tuple(q_BTHE.shape)}, k {tuple(k_cache_BSKE.shape)}, "
-            f"v {tuple(v_cache_BSKE.shape)}"
-        )
     if kv_len_B.shape != (B,):
         raise ValueError(f"decode_attention: kv_len must be [{B}], got {tuple(kv_len_B.shape)}")
     if B == 0:
@@ -36,15 +31,34 @@ def decode_attention(
         raise ValueError(
             f"decode_attention: kv_len must be in [0, {S}], got {shortest} to {longest}"
         )
+    k_BSKE, v_BSKE = k_cache_BSKE[:, :longest], v_cache_BSKE[:, :longest]
+    if shortest < longest:
+        # a mask alone lets a NaN through: 0 * NaN is NaN
+        unfilled_BS = torch.arange(longest, device=kv_len_B.device) >= kv_len_B[:, None]
+        k_BSKE = k_BSKE.masked_fill(unfilled_BS[..., None, None], 0)
+        v_BSKE = v_BSKE.masked_fill(unfilled_BS[..., None, None], 0)
     out = F.scaled_dot_product_attention(
         q_BTHE.transpose(1, 2),
-        k_cache_BSKE[:, :longest].transpose(1, 2),
-        v_cache_BSKE[:, :longest].transpose(1, 2),
+        k_BSKE.transpose(1, 2),
+        v_BSKE.transpose(1, 2),
         attn_mask=_visible(kv_len_B, T, longest),
         scale=scale,
         enable_gqa=H != K,
     )
     return out.transpose(1, 2)
+
+
+def _check_shapes(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    fits = q.dim() == k_cache.dim() == 4 and v_cache.shape == k_cache.shape
+    if fits:
+        B, _, H, E = q.shape
+        K = k_cache.size(2)
+        fits = k_cache.size(0) == B and k_cache.size(3) == E and K > 0 and H % K == 0
+    if not fits:
+        raise ValueError(
+            "decode_attention: caches must be [B, S, K, E] for q [B, T, H, E] with H a multiple "
+            f"of K, got q {tuple(q.shape)}, k {tuple(k_cache.shape)}, v {tuple(v_cache.shape)}"
+        )
 
 
 def _visible(kv_len_B: Tensor, num_new: int, num_slots: int) -> Tensor | None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lego.ops.rms_norm import rms_norm
+from lego.ops.threshold import reaches
 
 SoftmaxCriterion = Literal["max_prob", "margin", "entropy"]
 
@@ -68,9 +69,6 @@ def exit_decision(
             f"exit_decision: h must be [B, D] and head [V, D], "
             f"got {tuple(h_BD.shape)} and {tuple(head_VD.shape)}"
         )
-    threshold = torch.as_tensor(threshold, device=h_BD.device)
-    if bool(threshold.isnan().any()):
-        raise ValueError("exit_decision: threshold must not be NaN, got nan")
     if norm_weight_D is not None:
         h_BD = rms_norm(h_BD, norm_weight_D, eps=eps)
     compute_dtype = torch.promote_types(h_BD.dtype, torch.float32)
@@ -80,5 +78,5 @@ def exit_decision(
         logits_BV.argmax(dim=-1),
         confidence_B,
         logits_BV.logsumexp(dim=-1),
-        confidence_B >= threshold,
+        reaches("exit_decision", confidence_B, threshold),
     )

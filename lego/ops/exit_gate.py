@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lego.ops.rms_norm import rms_norm
+from lego.ops.threshold import reaches
 
 
 def exit_gate(
@@ -28,13 +29,10 @@ def exit_gate(
             f"exit_gate: h must be [B, D], gate_weight [D] and gate_bias one value, got "
             f"{tuple(h_BD.shape)}, {tuple(gate_weight_D.shape)} and {tuple(gate_bias.shape)}"
         )
-    threshold = torch.as_tensor(threshold, device=h_BD.device)
-    if bool(threshold.isnan().any()):
-        raise ValueError("exit_gate: threshold must not be NaN, got nan")
     if norm_weight_D is not None:
         h_BD = rms_norm(h_BD, norm_weight_D, eps=eps)
     compute_dtype = torch.promote_types(h_BD.dtype, torch.float32)
     score_B = (
         h_BD.to(compute_dtype) @ gate_weight_D.to(compute_dtype) + gate_bias.view(())
     ).sigmoid()
-    return score_B, score_B >= threshold
+    return score_B, reaches("exit_gate", score_B, threshold)

@@ -12,9 +12,9 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     Raises: ValueError if weight is not [D].
     Source: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
-    if weight.shape != x.shape[-1:]:
+    if x.dim() == 0 or weight.shape != x.shape[-1:]:
         raise ValueError(
-            f"rms_norm: weight must be [{x.shape[-1]}] for x {tuple(x.shape)}, "
+            f"rms_norm: weight must be {list(x.shape[-1:])} for x {tuple(x.shape)}, "
             f"got {tuple(weight.shape)}"
         )
     return F.rms_norm(x, weight.shape, weight, eps)

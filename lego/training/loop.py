@@ -106,6 +106,9 @@ class _Trainer:
     def run(self) -> Progress:
         progress, config = self.progress, self.config
         self.watcher.started(self.total_steps, progress.step)
+        if progress.step == 0:
+            # a phase that starts from another one must not end worse than it began
+            progress.best_loss = self._holdout_loss()
         schedule = LambdaLR(self.optimizer, self._learning_rate_factor, progress.step - 1)
         evaluate_every = math.ceil(self.steps_per_epoch / config.evals_per_epoch)
         saved_at = time.monotonic()
@@ -146,18 +149,26 @@ class _Trainer:
         progress.loss_steps += 1
         self.watcher.stepped(progress.step, value, index.numel() * self.windows.seq_len)
 
-    def _evaluate(self) -> None:
-        progress = self.progress
+    def _holdout_loss(self) -> float:
         total, count = 0.0, 0
         held_out = torch.arange(self.windows.num_train, self.windows.num_windows)
         with torch.no_grad():
             for index in held_out.split(self.config.batch_size):
                 loss_sum, num_tokens = self._objective(index, None)
                 total, count = total + float(loss_sum), count + num_tokens
+        loss = total / max(count, 1)
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"fit: held-out loss must be finite, got {loss} at {self.progress.step}"
+            )
+        return loss
+
+    def _evaluate(self) -> None:
+        progress = self.progress
         evaluation = Evaluation(
             step=progress.step,
             train_loss=progress.loss_sum / progress.loss_steps,
-            holdout_loss=total / max(count, 1),
+            holdout_loss=self._holdout_loss(),
         )
         progress.history.append(evaluation)
         progress.loss_sum, progress.loss_steps = 0.0, 0
@@ -200,10 +211,13 @@ class _Trainer:
             with safe_open(self.state_path, framework="pt") as file:
                 self.progress = Progress.from_json(file.metadata()["progress"])
             for name, parameter in self.parameters.items():
-                self.best[name] = tensors[f"best.{name}"].to(parameter)
+                best = tensors[f"best.{name}"]
+                if best.shape != parameter.shape:
+                    raise KeyError(f"{name} of shape {tuple(parameter.shape)}")
+                self.best[name] = best.to(parameter)
                 if not self.progress.done:
                     self._load_parameter(name, parameter, tensors)
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"fit: training state must be whole and of this model, got {self.state_path} "
                 f"({error!r}); delete it to train the phase again"

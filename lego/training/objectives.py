@@ -14,6 +14,7 @@ from torch import Tensor
 from lego.config import TrainConfig
 from lego.kv_cache import attend_within
 from lego.model import LegoModel
+from lego.seeding import generator
 from lego.training.windows import Windows
 
 # (window indices, training step or None on held-out windows) -> (loss summed over tokens, tokens)
@@ -86,7 +87,6 @@ def _dropped_layers(num_layers: int, config: TrainConfig, step: int | None) -> f
     """Upper layers to skip: a function of seed and step, so that a resume repeats them."""
     if step is None:
         return frozenset()
-    generator = torch.Generator().manual_seed((config.seed << 32) + step)
-    draw = torch.rand(num_layers, generator=generator).tolist()
+    draw = torch.rand(num_layers, generator=generator(config.seed, step)).tolist()
     chance = [config.layer_dropout * (layer + 1) / num_layers for layer in range(num_layers)]
     return frozenset(i for i in range(num_layers) if draw[i] < chance[i])

@@ -11,6 +11,7 @@ from torch import nn
 
 from lego.config import ModelConfig, TrainConfig
 from lego.model import LegoModel
+from lego.seeding import generator
 from lego.training.gate import fit_gate
 from lego.training.loop import Evaluation, Watcher, fit
 from lego.training.mining import mine_hard_tokens
@@ -112,5 +113,5 @@ def train_dense(
 def new_model(config: ModelConfig, seed: int) -> LegoModel:
     """A freshly initialised model; the same seed gives the same weights."""
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(generator(seed).initial_seed())
         return LegoModel(config)

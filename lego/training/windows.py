@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lego.config import TrainConfig
 from lego.data import num_windows, window_batch
+from lego.seeding import generator
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,14 @@ class Windows:
         Raises: ValueError if that makes fewer than two windows.
         """
         available = num_windows(ids, config.seq_len)
-        wanted = config.max_tokens // config.seq_len or available
+        wanted = config.max_tokens // config.seq_len if config.max_tokens else available
         total = min(wanted, available)
         if total < 2:
             raise ValueError(
                 f"Windows: there must be 2 windows of {config.seq_len} tokens to train, got {total}"
             )
         place = torch.arange(total) * available // total
-        held_out = max(1, round(total * config.holdout_ratio))
+        held_out = min(max(1, round(total * config.holdout_ratio)), total - 1)
         return cls(ids, config.seq_len, place, total - held_out)
 
     @property
@@ -53,5 +54,4 @@ class Windows:
 
     def epoch_order(self, seed: int, epoch: int) -> Tensor:
         """A permutation of the training windows that depends on seed and epoch alone."""
-        generator = torch.Generator().manual_seed((seed << 20) + epoch)
-        return torch.randperm(self.num_train, generator=generator)
+        return torch.randperm(self.num_train, generator=generator(seed, epoch))

@@ -50,7 +50,7 @@ def fit_model(path, config=TRAIN, watcher=None, windows=WINDOWS):
 
 
 def fit_scripted(path, config, losses):
-    """Train one number; the held-out losses are given. Returns what evaluations left behind."""
+    """Train one number; the held-out losses, the first before any step, are given."""
     parameter, values, losses = nn.Parameter(torch.zeros(())), [], list(losses)
 
     def objective(index, step):
@@ -65,19 +65,25 @@ def fit_scripted(path, config, losses):
 
 def test_early_stopping_restores_the_best(tmp_path):
     config = replace(TRAIN, epochs=9, patience=2)
-    best, values, progress = fit_scripted(tmp_path / "a", config, [3, 2, 2.5, 1.5, 1.5, 4, 0])
+    best, values, progress = fit_scripted(tmp_path / "a", config, [9, 3, 2, 2.5, 1.5, 1.5, 4, 0])
     # 1.5 again is not better, so the fifth and sixth are bad and the seventh is never measured
     assert [e.holdout_loss for e in progress.history] == [3, 2, 2.5, 1.5, 1.5, 4]
     assert progress.done and (progress.step, progress.best_step) == (30, 20)
-    assert (progress.best_loss, best) == (1.5, values[3])
-    assert len(set(values)) == 6  # the parameter moved at every step
+    assert (progress.best_loss, best) == (1.5, values[4])
+    assert len(set(values)) == 7  # the parameter moved between all evaluations
 
 
 def test_without_early_stopping_every_epoch_is_run(tmp_path):
     config = replace(TRAIN, epochs=2, patience=4)
-    best, values, progress = fit_scripted(tmp_path / "a", config, [1, 2, 3, 4])
-    assert (progress.step, progress.best_step, len(values)) == (STEPS, 5, 4)
-    assert best == values[0] != values[-1]
+    best, values, progress = fit_scripted(tmp_path / "a", config, [5, 1, 2, 3, 4])
+    assert (progress.step, progress.best_step, len(values)) == (STEPS, 5, 5)
+    assert best == values[1] != values[-1]
+
+
+def test_a_phase_does_not_end_worse_than_it_began(tmp_path):
+    best, values, progress = fit_scripted(tmp_path / "a", TRAIN, [1, 2, 3, 4])
+    assert (best, values[0], progress.best_step, progress.best_loss) == (0.0, 0.0, 0, 1.0)
+    assert progress.done and progress.step == 15  # patience 3
 
 
 def test_learning_rate(tmp_path, monkeypatch):
@@ -91,7 +97,7 @@ def test_learning_rate(tmp_path, monkeypatch):
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spying)
-    fit_scripted(tmp_path / "a", config, [4, 3, 2, 1])
+    fit_scripted(tmp_path / "a", config, [5, 4, 3, 2, 1])
     total, warmup = 36, 4
     wanted = [(i + 1) / 5 for i in range(warmup)]
     for i in range(total - warmup):
@@ -132,7 +138,7 @@ def test_short_training_warms_up_for_a_quarter(tmp_path, monkeypatch):
         "step",
         lambda self: (rates.append(self.param_groups[0]["lr"]), step(self)),
     )
-    fit_scripted(tmp_path / "a", replace(TRAIN, warmup_steps=10_000), [4, 3, 2, 1])
+    fit_scripted(tmp_path / "a", replace(TRAIN, warmup_steps=10_000), [5, 4, 3, 2, 1])
     assert rates.index(max(rates)) == STEPS // 4
 
 

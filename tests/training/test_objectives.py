@@ -144,20 +144,28 @@ def test_joint_loss_weighs_both_exits(changes, weight):
     assert missing == {"gate.weight", "gate.bias"}
 
 
-def test_layer_dropout_is_a_function_of_seed_and_step():
-    config = replace(TRAIN, recipe="joint", layer_dropout=0.6)
-    drawn = [_dropped_layers(4, config, step) for step in range(400)]
+DROPOUT = replace(TRAIN, recipe="joint", layer_dropout=0.6)
+
+
+def drawn(config, steps=range(400)):
+    return [_dropped_layers(4, config, step) for step in steps]
+
+
+def test_layer_dropout_is_a_function_of_the_step():
     state = torch.get_rng_state()
-    torch.rand(3)
-    assert [_dropped_layers(4, config, step) for step in reversed(range(400))] == drawn[::-1]
-    other = replace(config, seed=1)
-    assert [_dropped_layers(4, other, step) for step in range(400)] != drawn
-    assert _dropped_layers(4, config, None) == frozenset()
-    assert not any(_dropped_layers(4, replace(config, layer_dropout=0.0), s) for s in range(99))
-    rates = [sum(layer in step for step in drawn) / 400 for layer in range(4)]
+    found = drawn(DROPOUT)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert drawn(DROPOUT, reversed(range(400))) == found[::-1]
+    assert _dropped_layers(4, DROPOUT, None) == frozenset()
+    assert not any(drawn(replace(DROPOUT, layer_dropout=0.0)))
+    rates = [sum(layer in step for step in found) / 400 for layer in range(4)]
     # deeper layers more often: 0.15, 0.3, 0.45, 0.6, each within 4 standard deviations
     assert rates == pytest.approx([0.15, 0.3, 0.45, 0.6], abs=0.1)
-    torch.set_rng_state(state)
+
+
+@pytest.mark.parametrize("seed", [1, 4096])
+def test_layer_dropout_is_a_function_of_the_seed(seed):
+    assert drawn(replace(DROPOUT, seed=seed)) != drawn(DROPOUT)
 
 
 def test_dropped_layers_are_not_run(monkeypatch):

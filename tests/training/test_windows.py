@@ -53,8 +53,8 @@ def test_held_out_windows_are_never_in_the_order(ratio, held_out):
 def test_order_depends_on_seed_and_epoch_alone():
     windows = tiny_windows()
     state = torch.get_rng_state()
-    orders = {(s, e): tuple(windows.epoch_order(s, e).tolist()) for s in (0, 1) for e in (0, 1)}
-    assert len(set(orders.values())) == 4
+    orders = {(s, e): tuple(windows.epoch_order(s, e).tolist()) for s in (0, 1, 2) for e in (0, 1)}
+    assert len(set(orders.values())) == 6
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(9)
     again = Windows.split(windows.ids, TRAIN)
@@ -77,3 +77,10 @@ def test_one_window_at_least_is_trained_on(num_windows, ratio):
     config = TrainConfig(seq_len=16, holdout_ratio=ratio)
     windows = Windows.split(token_ids(num_windows * 16 + 1), config)
     assert 1 <= windows.num_train < num_windows
+
+
+def test_order_depends_on_all_of_the_seed():
+    """torch's CPU generator takes 32 bits of its seed."""
+    windows = tiny_windows()
+    orders = {tuple(windows.epoch_order(seed, 0).tolist()) for seed in (0, 4096, 2**20)}
+    assert len(orders) == 3
