@@ -5,6 +5,8 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 STAMP := .venv/.installed
+# written anew only when TORCH changes, so that another torch is installed when it is asked for
+$(shell mkdir -p .venv && { echo '$(TORCH)' | cmp -s - .venv/torch-wanted || echo '$(TORCH)' > .venv/torch-wanted; })
 BUILD_INPUTS := pyproject.toml setup.py $(shell find build_backend csrc -type f -not -name '*.pyc')
 CXX_FILES := $(shell find csrc -type f)
 
@@ -35,7 +37,7 @@ install: $(STAMP)
 
 # torch first, so that the native libraries are compiled against it; then it is a constraint, so
 # that no dependency replaces it
-$(STAMP): $(BUILD_INPUTS) | $(BIN)/python
+$(STAMP): $(BUILD_INPUTS) .venv/torch-wanted | $(BIN)/python
 	$(BIN)/pip install $(TORCH)
 	$(BIN)/pip list --format=freeze | grep '^torch==' > .venv/torch.txt
 	$(BIN)/pip install --constraint .venv/torch.txt -e ".[dev]"

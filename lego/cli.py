@@ -45,6 +45,10 @@ class Run:
         default_factory=ExperimentConfig
     )
 
+    def __post_init__(self) -> None:
+        if self.threads < 0:
+            raise ValueError(f"--threads: must be >= 0, got {self.threads}")
+
     @property
     def folder(self) -> Path:
         return self.out or Path("runs") / self.preset
@@ -95,7 +99,7 @@ def run_command(args: Sequence[str] | None = None) -> int:
         print(f"lego: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("lego: interrupted; the same command goes on from here", file=sys.stderr)
+        print("lego: interrupted; `run` and `train` go on from their last save", file=sys.stderr)
         return 130
 
 

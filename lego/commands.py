@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,9 +41,9 @@ class Generate:
         prompt: Text to continue.
         mode: early-exit decides per token, full runs all layers, uncached also recomputes the past.
         max_new_tokens: Tokens to generate at most; the end-of-text token stops earlier.
-        criterion: Confidence measure of early-exit.
+        criterion: Confidence measure of early-exit; the run's own if None.
         threshold: Exit at this confidence or above; the calibrated one if None.
-        kv_policy: What an exited token leaves in the upper caches; the exact policy if None.
+        kv_policy: What an exited token leaves in the upper caches; the run's own if None.
         temperature: 0 is greedy.
         top_k: Keep the k most likely tokens; 0 keeps all.
         top_p: Keep the most likely tokens up to this probability.
@@ -57,7 +57,7 @@ class Generate:
     prompt: str
     mode: Literal["early-exit", "full", "uncached"] = "early-exit"
     max_new_tokens: int = 64
-    criterion: Criterion = "max_prob"
+    criterion: Criterion | None = None
     threshold: float | None = None
     kv_policy: KVPolicy | None = None
     temperature: float = 0.0
@@ -71,6 +71,7 @@ class Generate:
 
 def run(config: ExperimentConfig, path: Path, console: Console) -> dict[str, Any]:
     """`lego run`: the whole experiment; resumes, or prints the results of a run that is done."""
+    config = replace(config, data=config.data.resolved())
     folder, corpus = RunFolder(path), load_corpus(config)
     folder.claim(config, corpus.sha256)
     results = folder.results()
@@ -102,6 +103,7 @@ def run(config: ExperimentConfig, path: Path, console: Console) -> dict[str, Any
 
 def train(config: ExperimentConfig, path: Path, console: Console) -> dict[str, Any]:
     """`lego train`: the model alone, with its threshold."""
+    config = replace(config, data=config.data.resolved())
     corpus = load_corpus(config)
     RunFolder(path).claim(config, corpus.sha256)
     with TrainingDisplay(console, path / "events") as display:
@@ -194,12 +196,18 @@ def _strategy(options: Generate, checkpoint: Checkpoint) -> Strategy:
         return Uncached()
     if options.mode == "full":
         return FullDepth()
-    threshold = options.threshold
+    exit_config = RunFolder(options.run).config().exit
+    criterion, threshold = options.criterion or exit_config.criterion, options.threshold
     if threshold is None:
-        if checkpoint.calibration is None:
-            raise ValueError("generate: --threshold must be given, got a model not calibrated")
-        threshold = checkpoint.calibration.threshold[options.criterion]
-    return EarlyExit(threshold=threshold, criterion=options.criterion, kv_policy=options.kv_policy)
+        calibrated = checkpoint.calibration.threshold if checkpoint.calibration else {}
+        if criterion not in calibrated:
+            raise ValueError(f"generate: --threshold must be given, got none for {criterion}")
+        threshold = calibrated[criterion]
+    return EarlyExit(
+        threshold=threshold,
+        criterion=criterion,
+        kv_policy=options.kv_policy or exit_config.kv_policy,
+    )
 
 
 def _sample(outcome: Outcome, corpus: Corpus, config: ExperimentConfig) -> tuple[Text, str]:

@@ -134,6 +134,12 @@ class DataConfig:
         _require(self.vocab_size >= 258, "DataConfig.vocab_size", "must be >= 258", self.vocab_size)
         _require_choice("DataConfig.tokenizer", self.tokenizer, TokenizerKind)
 
+    def resolved(self) -> DataConfig:
+        """The same with absolute paths, so that a run is found from any folder."""
+        name = str(Path(self.name).resolve()) if Path(self.name).is_file() else self.name
+        data_dir = None if self.data_dir is None else self.data_dir.resolve()
+        return replace(self, name=name, data_dir=data_dir)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:

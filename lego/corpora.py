@@ -235,7 +235,7 @@ def _wikitext_file(folder: Path, split: str) -> Path:
 
 
 def _download_wikitext2() -> list[str]:
-    remedy = "pip install 'lego-early-exit[data]', or --data-dir with its files"
+    remedy = "pip install datasets, or --data-dir with its files"
     try:
         # an extra, so mypy may or may not find it
         from datasets import load_dataset  # type: ignore[import, unused-ignore]

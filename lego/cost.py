@@ -1,4 +1,4 @@
-"""The two meters: layer cost, the source's, and true cost, which counts every byte read.
+"""The two meters: layer cost, as experiments 001 and 002 had it, and true cost, every byte read.
 
 Decoding one sequence reads each weight it uses once a step, so bytes bound its time. Bytes are
 given in elements here: ratios do not depend on the dtype.
@@ -63,7 +63,7 @@ def elements_read(config: ModelConfig, counts: Counts) -> int:
 
 
 def layer_cost(config: ModelConfig, shallow_tokens: int, deep_tokens: int) -> float:
-    """Layers run over layers that full depth runs; NaN without tokens."""
+    """Layers up to each token's exit over layers at full depth; NaN without tokens."""
     total = shallow_tokens + deep_tokens
     if total == 0:
         return float("nan")
@@ -72,10 +72,12 @@ def layer_cost(config: ModelConfig, shallow_tokens: int, deep_tokens: int) -> fl
 
 
 def expected_true_cost(config: ModelConfig, shallow_ratio: float, criterion: Criterion) -> float:
-    """True cost of decoding at a shallow ratio in [0, 1], batch 1, before any context.
+    """True cost to expect at a shallow ratio in [0, 1], batch 1, before any context.
 
     A softmax criterion reads the head for every token, and again for a deep one. The K/V of exited
     tokens are filled in with the next deep token, so their projection is read once a deep token.
+    Cache slots, which grow with the context, and the second projection of policy `propagate` are
+    left out: elements_read has them, from counted calls.
     """
     part = weights(config)
     lower = part.embedding_row + config.exit_layer * part.lower_layer

@@ -54,7 +54,7 @@ class Step(NamedTuple):
     """What one step yields for each row."""
 
     logits_BV: Tensor  # of the exit that was taken
-    exit_layer: list[int]  # layers that ran: exit_layer or num_layers
+    exit_layer: list[int]  # the exit that gave the logits: exit_layer or num_layers
     confidence: list[float]  # the criterion's value; NaN where no decision was made
 
 
@@ -277,7 +277,7 @@ class CachedDecoder:
         self._exit_states[rows][row_B1, position_BT] = exit_state_BTD
         self.counts.lower_layer_calls += num_layers * ids_BT.numel()
         self.counts.lower_passes += num_layers
-        self.counts.kv_slots += num_layers * int((slot_B + num_new).sum())
+        self.counts.kv_slots += num_layers * sum(r.position + num_new for r in self._rows[rows])
         return exit_state_BTD
 
     def _upper(self, chunk_BTD: Tensor, position_BT: Tensor, rows: slice) -> Tensor:
@@ -289,7 +289,7 @@ class CachedDecoder:
         )
         self.counts.upper_layer_calls += num_layers * position_BT.numel()
         self.counts.upper_passes += num_layers
-        self.counts.kv_slots += num_layers * int((slot_B + num_new).sum())
+        self.counts.kv_slots += num_layers * sum(r.upper_len + num_new for r in self._rows[rows])
         return final_BTD
 
     def _head(self, logits: Callable[[Tensor], Tensor], state_BD: Tensor) -> Tensor:

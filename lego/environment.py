@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,24 @@ import torch
 def environment() -> dict[str, Any]:
     """Versions, machine and command, to be written beside every result."""
     return {
-        "lego": version("lego-early-exit"),
+        "lego": _lego_version(),
         "commit": _commit(),
-        "command": " ".join(["lego", *sys.argv[1:]]),
+        "command": shlex.join(["lego", *sys.argv[1:]]),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "system": platform.platform(),
         "cpu": cpu_name(),
         "cpu_threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "device": "cpu",
     }
+
+
+def _lego_version() -> str:
+    try:
+        return version("lego-early-exit")
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def cpu_name() -> str:

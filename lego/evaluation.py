@@ -18,6 +18,9 @@ from lego.model import LegoModel
 from lego.ops.exit_decision import softmax_confidence
 from lego.strategies import EarlyExit
 
+# logits of a batch, 64 MiB in float32: a few such tensors are alive at once
+_MAX_LOGITS = 1 << 24
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenScores:
@@ -27,7 +30,6 @@ class TokenScores:
     nll_deep: Tensor
     correct_shallow: Tensor  # the most likely token is the target
     correct_deep: Tensor
-    agree: Tensor  # both exits have the same most likely token
     confidence: dict[Criterion, Tensor]
 
 
@@ -35,8 +37,9 @@ class TokenScores:
 class Quality:
     """Mean next-token quality over a set of tokens.
 
-    ppl is per token; word_ppl per whitespace word and bits_per_byte per UTF-8 byte of the text,
-    which compare across tokenizers; accuracy in [0, 1].
+    ppl is per token; word_ppl per whitespace word and bits_per_byte per UTF-8 byte of the text.
+    Those two compare across tokenizers that lose nothing, such as byte-level BPE: whole words do
+    not, whose <unk> stands for many bytes. accuracy is in [0, 1].
     """
 
     ppl: float
@@ -46,9 +49,7 @@ class Quality:
 
 
 @torch.no_grad()
-def score_tokens(
-    model: LegoModel, split: TokenSplit, seq_len: int, *, batch_size: int = 32
-) -> TokenScores:
+def score_tokens(model: LegoModel, split: TokenSplit, seq_len: int) -> TokenScores:
     """Score all windows of the split in parallel: non-overlapping, each with its own context.
 
     Raises: ValueError if the split holds less than one window of seq_len.
@@ -56,6 +57,7 @@ def score_tokens(
     criteria: tuple[Criterion, ...] = ("max_prob", "margin", "entropy", "gate")
     if not model.upper:
         criteria = criteria[:3]
+    batch_size = max(1, _MAX_LOGITS // (seq_len * model.config.vocab_size))
     parts: dict[str, list[Tensor]] = {}
     for index in torch.arange(num_windows(split.ids, seq_len)).split(batch_size):
         ids = window_batch(split.ids, seq_len, index).to(model.device)
@@ -66,13 +68,11 @@ def score_tokens(
         deep_NV = shallow_NV
         if model.upper:
             deep_NV = model.final_logits(states.final_state.flatten(0, 1)).float()
-        top_shallow_N, top_deep_N = shallow_NV.argmax(-1), deep_NV.argmax(-1)
         scores = {
             "nll_shallow": F.cross_entropy(shallow_NV, target_N, reduction="none"),
             "nll_deep": F.cross_entropy(deep_NV, target_N, reduction="none"),
-            "correct_shallow": top_shallow_N == target_N,
-            "correct_deep": top_deep_N == target_N,
-            "agree": top_shallow_N == top_deep_N,
+            "correct_shallow": shallow_NV.argmax(-1) == target_N,
+            "correct_deep": deep_NV.argmax(-1) == target_N,
         }
         for criterion in criteria:
             scores[criterion] = (

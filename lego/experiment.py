@@ -66,14 +66,20 @@ def run_experiment(config: ExperimentConfig, corpus: Corpus, folder: Path, watch
     trained, checkpoint = train_checkpoint(config, corpus, folder, watch)
     windows = Windows.split(corpus.train.ids, config.train)
     model_config, training = trained.model.config, folder / "training"
-    baselines = {}
+    dense = {}
     for name, depth in _baseline_depths(model_config).items():
-        dense = train_dense(model_config, depth, config.train, windows, training, watch)
-        save_checkpoint(folder / "baselines" / name, Checkpoint(dense, corpus.tokenizer))
-        baselines[name] = _baseline_results(dense, depth, corpus, model_config, config)
+        dense[name] = train_dense(model_config, depth, config.train, windows, training, watch)
+        save_checkpoint(folder / "baselines" / name, Checkpoint(dense[name], corpus.tokenizer))
     assert checkpoint.calibration is not None
     results, scores = _measure(trained, checkpoint.calibration, corpus, config)
+    cheapest = min(results["criteria"], key=lambda name: results["criteria"][name]["true_cost"])
+    routed_nll, _ = routed(scores, cheapest, results["criteria"][cheapest]["threshold"])
+    baselines = {
+        name: _baseline_results(model, corpus.validation, model_config, routed_nll, config)
+        for name, model in dense.items()
+    }
     results = {"data": _data_results(corpus), **results, "baselines": baselines}
+    results["compared_by"] = cheapest
     history = dict(trained.history)
     if config.exit.compare_upper_kv:
         results["comparison"], other_history = _compare(config, corpus, model_config, folder, watch)
@@ -115,16 +121,28 @@ def _baseline_depths(config: ModelConfig) -> dict[str, int]:
 
 
 def _baseline_results(
-    dense: LegoModel, depth: int, corpus: Corpus, lego: ModelConfig, config: ExperimentConfig
+    dense: LegoModel,
+    split: TokenSplit,
+    lego: ModelConfig,
+    lego_nll_N: torch.Tensor,
+    config: ExperimentConfig,
 ) -> dict[str, Any]:
-    scores = score_tokens(dense, corpus.validation, config.train.seq_len)
-    found = quality(scores.nll_shallow, scores.correct_shallow, corpus.validation)
+    """Quality and cost of a dense model, and how far LEGO is from it on the same tokens.
+
+    The difference, in nats per token, has the standard error of its mean over windows.
+    """
+    seq_len = config.train.seq_len
+    scores = score_tokens(dense, split, seq_len)
+    found = quality(scores.nll_shallow, scores.correct_shallow, split)
+    difference_W = (lego_nll_N - scores.nll_shallow).double().view(-1, seq_len).mean(dim=1)
     return {
-        "num_layers": depth,
+        "num_layers": dense.config.num_layers,
         "val_ppl": found.ppl,
         "val_acc": found.accuracy,
         "bits_per_byte": found.bits_per_byte,
-        "true_cost": dense_true_cost(lego, depth),
+        "true_cost": dense_true_cost(lego, dense.config.num_layers),
+        "lego_minus_dense_nats": difference_W.mean().item(),
+        "standard_error": (difference_W.std() / len(difference_W) ** 0.5).item(),
     }
 
 
@@ -170,18 +188,22 @@ def _measure(
         name: two_stage(model, scores, corpus.validation, name, threshold)
         for name, threshold in calibration.threshold.items()
     }
+    routed_nll, _ = routed(scores, criterion, calibration.threshold[criterion])
     results = {
         "experiment_001": {
             **_phase_results(trained, scores, corpus.validation),
             "two_stage": criteria[criterion],
             "kv_cache": kv_cache_results(timed),
         },
-        "experiment_002": early_exit_results(timed, "exit", "full"),
-        "experiment_002_gate": early_exit_results(timed, "gate", "full"),
+        "experiment_002": early_exit_results(timed, "exit"),
+        "experiment_002_gate": early_exit_results(timed, "gate"),
         "criteria": criteria,
-        "stepwise": _stepwise(model, corpus.validation, seq_len, early_exit(criterion)),
+        "stepwise": _stepwise(
+            model, corpus.validation, routed_nll.view(-1, seq_len), early_exit(criterion)
+        ),
         "threshold": calibration.threshold[criterion],
         "criterion": criterion,
+        "recipe": config.train.recipe,
         "upper_kv": model.config.upper_kv,
         "kv_policy": early_exit(criterion).policy_for(model),
     }
@@ -234,14 +256,18 @@ def two_stage(
 
 
 def _stepwise(
-    model: LegoModel, split: TokenSplit, seq_len: int, strategy: EarlyExit
+    model: LegoModel, split: TokenSplit, routed_nll: torch.Tensor, strategy: EarlyExit
 ) -> dict[str, float]:
-    """Is the parallel evaluation what decoding does? Both on the same windows, teacher-forced."""
+    """Is the parallel evaluation what decoding does? Both on the same windows, teacher-forced.
+
+    routed_nll is [windows, seq_len], by the same criterion and threshold.
+    """
+    seq_len = routed_nll.size(1)
     count = min(_STEPWISE_WINDOWS, num_windows(split.ids, seq_len))
-    windows = window_batch(split.ids, seq_len, torch.arange(count))
+    place = torch.arange(count) * num_windows(split.ids, seq_len) // count
+    windows = window_batch(split.ids, seq_len, place)
     nll_BT, depth_BT = stepwise_nll(model, windows, strategy)
-    scored = score_tokens(model, replace(split, ids=split.ids[: count * seq_len + 1]), seq_len)
-    nll_N, _ = routed(scored, strategy.criterion, strategy.threshold)
+    nll_N = routed_nll[place].flatten()
     stepwise, parallel = perplexity(nll_BT.flatten()), perplexity(nll_N)
     shallow_BT = depth_BT < model.config.num_layers
     return {

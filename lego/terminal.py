@@ -126,9 +126,12 @@ def _kv_name(results: Mapping[str, Any]) -> str:
 def _print_experiments(console: Console, results: Mapping[str, Any], title: str) -> None:
     first, second = results["experiment_001"], results["experiment_002"]
     console.rule(title, style="dim")
-    console.print(_phase_table(first))
+    console.print(_phase_table(results))
     cache = first["kv_cache"]
-    two_stage = _table("Two-stage inference (validation)", "metric", "value")
+    inexact = results["kv_policy"] in ("hole", "propagate")
+    # those two decode otherwise: the line "step by step" says how far
+    title = f"Two-stage inference (validation{', all K/V present' if inexact else ''})"
+    two_stage = _table(title, "metric", "value")
     for name, text in (
         ("shallow ratio", _percent(first["two_stage"]["shallow_ratio"])),
         ("compute cost (layers)", _percent(first["two_stage"]["layer_cost"])),
@@ -154,18 +157,20 @@ def _print_experiments(console: Console, results: Mapping[str, Any], title: str)
     )
 
 
-def _phase_table(first: Mapping[str, Any]) -> Table:
-    title = "Experiment 001: results on validation"
-    table = _table(title, "metric", "phase 1", "phase 2", "change")
-    one, two = first["phase1"], first["phase2"]
-    rows = (
+def _phase_table(results: Mapping[str, Any]) -> Table:
+    one, two = results["experiment_001"]["phase1"], results["experiment_001"]["phase2"]
+    # joint training has no phases: the figures are those of its two exits
+    names = ("phase 1", "phase 2") if results["recipe"] == "lego" else ("shallow", "deep")
+    table = _table("Experiment 001: results on validation", "metric", *names, "change")
+    for key, name in (
         ("val_ppl", "val PPL"),
         ("val_acc", "val accuracy"),
         ("hard_ppl", "hard PPL"),
         ("easy_ppl", "easy PPL"),
-    )
-    for key, name in rows:
-        if key == "val_acc":
+    ):
+        if one[key] is None or two[key] is None:
+            table.add_row(name, _number(one[key]), _number(two[key]), "-")
+        elif key == "val_acc":
             change = f"{100 * (two[key] - one[key]):+.2f} points"
             table.add_row(name, _percent(one[key], 2), _percent(two[key], 2), change)
         else:
@@ -194,8 +199,8 @@ def _early_exit_table(softmax: Mapping[str, Any], gate: Mapping[str, Any], crite
     row("standard, ms per token", *(f"{c['full_ms_per_token']:.3f}" for c in columns))
     row("early exit, ms per token", *(f"{c['exit_ms_per_token']:.3f}" for c in columns))
     row("speedup", *(_speedup_text(c) for c in columns))
-    row("realised savings", *(_optional(c["realised_savings"]) for c in columns))
-    row("time efficiency", *(_optional(c["time_efficiency"]) for c in columns))
+    row("realised savings", *(_number(c["realised_savings"]) for c in columns))
+    row("time efficiency", *(_number(c["time_efficiency"]) for c in columns))
     return table
 
 
@@ -253,20 +258,25 @@ def print_evaluation(console: Console, found: Mapping[str, Any]) -> None:
 
 
 def verdict(results: Mapping[str, Any]) -> list[str]:
-    """Is it worth it here? One sentence against each dense model, for the cheapest criterion."""
-    criteria = results["criteria"]
-    name = min(criteria, key=lambda criterion: criteria[criterion]["true_cost"])
-    ours = criteria[name]
+    """Is it worth it here? One sentence against each dense model, for the cheapest criterion.
+
+    A difference within two standard errors is none. It pays to be better and not dearer, or as good
+    and cheaper.
+    """
+    name = results["compared_by"]
+    ours = results["criteria"][name]
     lines = []
     for baseline, dense in results["baselines"].items():
-        better = ours["routed_ppl"] < dense["val_ppl"]
+        nats, error = dense["lego_minus_dense_nats"], dense["standard_error"]
+        alike = error is None or abs(nats) <= 2 * error
+        quality = "as good as" if alike else "better than" if nats < 0 else "worse than"
         cheaper = ours["true_cost"] < dense["true_cost"]
+        pays = cheaper and (alike or nats < 0)
         lines.append(
-            f"LEGO by {name} is {'better' if better else 'worse'} "
-            f"({_number(ours['routed_ppl'])} against {_number(dense['val_ppl'])} PPL) and "
-            f"{'cheaper' if cheaper else 'dearer'} ({_percent(ours['true_cost'])} against "
-            f"{_percent(dense['true_cost'])}) than {baseline.replace('_', '-')}"
-            f"{'.' if better or cheaper else ': it does not pay against this model.'}"
+            f"LEGO by {name} {'pays' if pays else 'does not pay'} against "
+            f"{baseline.replace('_', '-')}: {quality} it ({_number(ours['routed_ppl'])} against "
+            f"{_number(dense['val_ppl'])} PPL), at a true cost of "
+            f"{_percent(ours['true_cost'])} against {_percent(dense['true_cost'])}."
         )
     return lines
 
@@ -309,15 +319,14 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _percent(value: float, digits: int = 1) -> str:
-    return f"{100 * value:.{digits}f} %"
+# None stands for what is undefined, such as the PPL of no tokens
 
 
-def _number(value: float) -> str:
-    return f"{value:.2f}"
+def _percent(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{100 * value:.{digits}f} %"
 
 
-def _optional(value: float | None) -> str:
+def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 

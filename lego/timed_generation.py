@@ -14,7 +14,6 @@ import torch
 from lego.config import ModelConfig, TimingConfig
 from lego.cost import (
     elements_read,
-    layer_cost,
     realised_savings,
     time_efficiency,
 )
@@ -77,7 +76,7 @@ def time_generation(
 
 
 def kv_cache_results(timed: TimedGeneration) -> dict[str, Any]:
-    """The source's KV cache table, from strategies `uncached`, `uncached_last` and `full`.
+    """The KV cache table of experiment 001, from strategies `uncached`, `uncached_last` and `full`.
 
     The second speedup is against recomputing with the head on the last position alone.
     """
@@ -93,20 +92,21 @@ def kv_cache_results(timed: TimedGeneration) -> dict[str, Any]:
     }
 
 
-def early_exit_results(timed: TimedGeneration, name: str, full: str) -> dict[str, Any]:
-    """The source's early exit table from counted calls, with true cost and realised savings.
+def early_exit_results(timed: TimedGeneration, name: str) -> dict[str, Any]:
+    """The table of experiment 002 for strategy `name` against `full`, with true cost and savings.
 
-    All figures are of the same run: tokens and calls as counted, milliseconds as medians.
+    Costs are counted calls of the same run. Milliseconds are medians; the speedup, and what follows
+    from it, is the median of paired ratios, since noise hits both sides of a pair.
     """
     config, depths = timed.config, [d for o in timed.outputs[name] for d in o.exit_layer[0]]
     shallow = sum(depth < config.num_layers for depth in depths)
-    true_cost = elements_read(config, timed.counts(name)) / elements_read(
-        config, timed.counts(full)
-    )
-    full_ms, exit_ms = timed.ms_per_token(full), timed.ms_per_token(name)
-    speedup = timed.speedup(name, full)
-    cost = layer_cost(config, shallow, len(depths) - shallow)
-    # from the median of paired ratios, like the speedup: noise hits both sides of a pair
+    counts, full_counts = timed.counts(name), timed.counts("full")
+    true_cost = elements_read(config, counts) / elements_read(config, full_counts)
+    full_ms, exit_ms = timed.ms_per_token("full"), timed.ms_per_token(name)
+    speedup = timed.speedup(name, "full")
+    # counted, not derived from exits: `recompute` runs the upper block for exited tokens later
+    layer_calls = counts.lower_layer_calls + counts.upper_layer_calls
+    cost = layer_calls / (len(depths) * config.num_layers)
     return {
         "shallow_tokens": shallow,
         "deep_tokens": len(depths) - shallow,

@@ -176,7 +176,9 @@ def test_layer_cost_is_counted_layers(policy):
     shallow = output.exit_layer[0].count(2)
     decode = output.stats.decode
     calls = decode.lower_layer_calls + decode.upper_layer_calls
-    if policy != "recompute":  # it runs the upper block for exited tokens too, later
+    if policy == "recompute":  # it runs the upper block for exited tokens too, later
+        assert layer_cost(model.config, shallow, 30 - shallow) < calls / (30 * 4)
+    else:
         assert layer_cost(model.config, shallow, 30 - shallow) == calls / (30 * 4)
 
 

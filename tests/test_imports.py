@@ -24,11 +24,12 @@ LAYERS = {
         ("model",),
         ("generation", "training"),
         ("experiment",),
+        ("commands",),
         ("cli",),
     ),
-    "lego_kernels": (("library",), ("ops",), ("layers",), ("decoder",), ("hf",)),
+    "lego_kernels": (("library",), ("ops",)),
 }
-MAY_IMPORT_KERNELS = {"lego.accelerate", "lego.cli", "lego.doctor"}
+MAY_IMPORT_KERNELS = {"lego.doctor"}
 
 
 def module_name(path: Path) -> str:

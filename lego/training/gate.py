@@ -10,7 +10,7 @@ from lego.model import LegoModel
 from lego.training.windows import Windows
 
 # the probe has dim + 1 weights: more tokens than this move it by less than its own noise
-_MAX_TOKENS = 200_000
+_MAX_TOKENS = 100_000
 _L2 = 1e-4
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,16 +47,36 @@ class Phases:
         self.windows, self.config, self.folder, self.watch = windows, config, folder, watch
         self.history: dict[str, list[Evaluation]] = {}
 
-    def run(self, name: str, parameters: Mapping[str, nn.Parameter], objective: Objective) -> None:
-        progress = fit(
-            parameters,
-            objective,
-            self.windows,
-            self.config,
-            state_path=self.folder / f"{name}.safetensors",
-            watcher=self.watch(name),
-        )
+    def run(
+        self,
+        name: str,
+        model: LegoModel,
+        parameters: Mapping[str, nn.Parameter],
+        objective: Objective,
+    ) -> None:
+        with _gradients_for(model, parameters):
+            progress = fit(
+                parameters,
+                objective,
+                self.windows,
+                self.config,
+                state_path=self.folder / f"{name}.safetensors",
+                watcher=self.watch(name),
+            )
         self.history[name] = progress.history
+
+
+@contextmanager
+def _gradients_for(model: nn.Module, trained: Collection[str]) -> Iterator[None]:
+    """Gradients for the parameters of these names alone: that of a frozen head is not cheap."""
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(before[name])
 
 
 def train_lego(
@@ -67,24 +88,18 @@ def train_lego(
     common folder.
     """
     model, phases = new_model(config, train.seed), Phases(windows, train, folder, watch)
+    lower, upper = model.lower_parameters(), model.upper_parameters()
     if train.recipe == "joint":
-        both = model.lower_parameters() | model.upper_parameters()
-        phases.run(f"joint_{config.upper_kv}", both, joint_objective(model, windows, train))
-        hard = mine_hard_tokens(
-            model, windows, train.hard_example_ratio, batch_size=train.batch_size
-        )
+        objective = joint_objective(model, windows, train)
+        phases.run(f"joint_{config.upper_kv}", model, lower | upper, objective)
     else:
-        phases.run("phase1", model.lower_parameters(), exit_objective(model, windows))
-        hard = mine_hard_tokens(
-            model, windows, train.hard_example_ratio, batch_size=train.batch_size
-        )
+        phases.run("phase1", model, lower, exit_objective(model, windows))
+    hard = mine_hard_tokens(model, windows, train.hard_example_ratio, batch_size=train.batch_size)
+    if train.recipe == "lego":
         # phase 2 starts where phase 1 ended: residual branches are small at first
         model.final_norm.load_state_dict(model.exit_norm.state_dict())
-        phases.run(
-            f"phase2_{config.upper_kv}",
-            model.upper_parameters(),
-            hard_token_objective(model, windows, hard.mask),
-        )
+        objective = hard_token_objective(model, windows, hard.mask)
+        phases.run(f"phase2_{config.upper_kv}", model, upper, objective)
     fit_gate(model, windows, batch_size=train.batch_size)
     return Trained(model=model.eval(), history=phases.history, hard_threshold=hard.threshold)
 
@@ -106,7 +121,7 @@ def train_dense(
     model = new_model(config.dense(num_layers), train.seed)
     phases = Phases(windows, train, folder, watch)
     parameters = dict(model.named_parameters())
-    phases.run(f"dense_{num_layers}", parameters, exit_objective(model, windows))
+    phases.run(f"dense_{num_layers}", model, parameters, exit_objective(model, windows))
     return model.eval()
 
 
