@@ -34,6 +34,8 @@ class Checkpoint:
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write the folder `path`, all of it or nothing; an older checkpoint there is replaced.
 
+    See replacing_folder for what a kill may leave.
+
     Raises: OSError if it cannot be written, for example with the disk full.
     """
     model = checkpoint.model

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ class TokenScores:
     nll_deep: Tensor
     correct_shallow: Tensor  # the most likely token is the target
     correct_deep: Tensor
-    confidence: dict[Criterion, Tensor]
+    confidence: dict[Criterion, Tensor]  # empty for a dense model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +55,8 @@ def score_tokens(model: LegoModel, split: TokenSplit, seq_len: int) -> TokenScor
 
     Raises: ValueError if the split holds less than one window of seq_len.
     """
-    criteria: tuple[Criterion, ...] = ("max_prob", "margin", "entropy", "gate")
-    if not model.upper:
-        criteria = criteria[:3]
+    # a dense model has nothing to decide
+    criteria: tuple[Criterion, ...] = get_args(Criterion) if model.upper else ()
     batch_size = max(1, _MAX_LOGITS // (seq_len * model.config.vocab_size))
     parts: dict[str, list[Tensor]] = {}
     for index in torch.arange(num_windows(split.ids, seq_len)).split(batch_size):

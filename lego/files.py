@@ -52,7 +52,10 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill; it takes the place of `path` when the block ends without an error."""
+    """A folder to fill; it takes the place of `path` when the block ends without an error.
+
+    A kill between the two renames that replace a folder leaves the old one as `.NAME.*.old`.
+    """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     partial.mkdir(parents=True)
     try:

@@ -381,7 +381,9 @@ def test_interrupted(capsys, monkeypatch, tmp_path):
 
     monkeypatch.setattr("lego.commands.run", interrupt)
     assert run_command(run_args("pydocs", tmp_path / "run")) == 130
-    assert capsys.readouterr().err == "lego: interrupted; the same command goes on from here\n"
+    assert capsys.readouterr().err == (
+        "lego: interrupted; `run` and `train` go on from their last save\n"
+    )
 
 
 def test_disk_full(capsys, monkeypatch, tmp_path):

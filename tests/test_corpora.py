@@ -225,7 +225,7 @@ def test_wikitext_download(tmp_path, monkeypatch):
     assert load_text("wikitext2").sha256 == load_text("wikitext2", tmp_path).sha256
     assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1")]
 
-    remedy = r"pip install 'lego-early-exit\[data\]'.* --data-dir"
+    remedy = "pip install datasets.* --data-dir"
     for error in (ConnectionError("no route"), errors.DatasetsError("no route")):
         fake.load_dataset = lambda *names, error=error: (_ for _ in ()).throw(error)
         with pytest.raises(ValueError, match=f"download must succeed .*{remedy}.* got no route"):

@@ -1,5 +1,6 @@
 """What a person sees: progress, tables, coloured text."""
 
+import copy
 import io
 import math
 from dataclasses import replace
@@ -115,22 +116,44 @@ def routing(ppl, cost):
     return {"routed_ppl": ppl, "true_cost": cost}
 
 
+def test_undefined_figures_are_dashes(results):
+    results = copy.deepcopy(results)
+    results["experiment_001"]["phase2"]["easy_ppl"] = None
+    results["experiment_001"]["two_stage"]["routed_ppl"] = None
+    results["experiment_002"]["realised_savings"] = None
+    screen = console()
+    print_results(screen, results)
+    lines = screen.file.getvalue().splitlines()
+    (easy,) = (line for line in lines if "easy PPL" in line)
+    assert easy.split()[-2] == easy.split()[-4] == "-"
+
+
+def test_joint_training_has_exits_and_no_phases(results):
+    screen = console()
+    print_results(screen, results | {"recipe": "joint"})
+    assert "phase 1" not in screen.file.getvalue()
+
+
 @pytest.mark.parametrize(
-    ("ppl", "cost", "said"),
+    ("nats", "cost", "said"),
     [
-        (9, 0.4, "better (9.00 against 10.00 PPL) and cheaper (40.0 % against 50.0 %)"),
-        (9, 0.6, "better (9.00 against 10.00 PPL) and dearer"),
-        (11, 0.4, "worse (11.00 against 10.00 PPL) and cheaper"),
-        (11, 0.6, "worse (11.00 against 10.00 PPL) and dearer"),
-        (10, 0.5, "worse"),
+        (-0.05, 0.4, "pays against dense-deep: better than it"),
+        (-0.05, 0.6, "does not pay against dense-deep: better than it"),
+        (0.05, 0.4, "does not pay against dense-deep: worse than it"),
+        (0.05, 0.6, "does not pay against dense-deep: worse than it"),
+        # within two standard errors of 0.01
+        (0.02, 0.4, "pays against dense-deep: as good as it"),
+        (-0.02, 0.6, "does not pay against dense-deep: as good as it"),
+        (-0.021, 0.5, "does not pay against dense-deep: better than it"),
     ],
 )
-def test_verdict(ppl, cost, said):
-    dense = {"dense_deep": {"val_ppl": 10, "true_cost": 0.5}}
-    criteria = {"max_prob": routing(1, 0.9), "gate": routing(ppl, cost)}
-    (line,) = verdict({"criteria": criteria, "baselines": dense})
-    assert line.startswith("LEGO by gate is ") and said in line and "dense-deep" in line
-    assert ("does not pay" in line) == (said.startswith("worse") and "cheaper" not in said)
+def test_verdict(nats, cost, said):
+    dense = {"val_ppl": 10, "true_cost": 0.5, "standard_error": 0.01, "lego_minus_dense_nats": nats}
+    criteria = {"max_prob": routing(1, 0.9), "gate": routing(9, cost)}
+    results = {"criteria": criteria, "baselines": {"dense_deep": dense}, "compared_by": "gate"}
+    (line,) = verdict(results)
+    assert line.startswith(f"LEGO by gate {said} (9.00 against 10.00 PPL), at a true cost of")
+    assert line.endswith(f"{100 * cost:.1f} % against 50.0 %.")
 
 
 def test_evaluation_table():

@@ -143,7 +143,7 @@ def test_threads_while_timing(monkeypatch):
 @pytest.mark.parametrize("name", ["never", "some", "always"])
 def test_early_exit_results(generated, name):
     model, _, timed = generated
-    config, found = model.config, early_exit_results(timed, name, "full")
+    config, found = model.config, early_exit_results(timed, name)
     shallow, deep = found["shallow_tokens"], found["deep_tokens"]
     wanted = {"never": shallow == 0, "some": 0 < shallow < 15, "always": shallow == 15}
     assert wanted[name] and shallow + deep == 15

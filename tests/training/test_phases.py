@@ -105,9 +105,15 @@ def test_phase_2_trains_the_upper_block_alone(tmp_path, monkeypatch, upper_kv):
     seen = []
     run = Phases.run
 
-    def spying(self, name, parameters, objective):
+    def spying(self, name, trained, parameters, objective):
+        def checking(index, step):
+            """A frozen parameter takes no gradient: that of the head would be most of the work."""
+            assert {n for n, p in model.named_parameters() if p.requires_grad} == set(parameters)
+            return objective(index, step)
+
         seen.append((name, frozen_copy(model.state_dict()), set(parameters)))
-        run(self, name, parameters, objective)
+        run(self, name, trained, parameters, checking)
+        assert all(p.requires_grad for p in model.parameters())
         seen.append((name, frozen_copy(model.state_dict()), set(parameters)))
 
     config = replace(MODEL, upper_kv=upper_kv, tie_embeddings=False, qk_norm=True)
@@ -159,7 +165,7 @@ def test_baselines(tmp_path, monkeypatch, train):
     monkeypatch.setattr(
         Phases,
         "run",
-        lambda self, name, p, objective: run(self, name, p, recording(name, objective)),
+        lambda self, name, m, p, objective: run(self, name, m, p, recording(name, objective)),
     )
     windows = tiny_windows()
     train_lego(MODEL, train, windows, tmp_path, Silent)
