@@ -38,10 +38,11 @@ install: $(STAMP)
 # torch first, so that the native libraries are compiled against it; then it is a constraint, so
 # that no dependency replaces it
 $(STAMP): $(BUILD_INPUTS) .venv/torch-wanted | $(BIN)/python
-	$(BIN)/pip install $(TORCH)
-	$(BIN)/pip list --format=freeze | grep '^torch==' > .venv/torch.txt
-	$(BIN)/pip install --constraint .venv/torch.txt -e ".[dev]"
-	touch $@
+	@echo "Installing $(TORCH), LEGO and its tools into .venv"
+	@$(BIN)/pip install --quiet $(TORCH)
+	@$(BIN)/pip list --format=freeze | grep '^torch==' > .venv/torch.txt
+	@$(BIN)/pip install --quiet --constraint .venv/torch.txt -e ".[dev]"
+	@touch $@
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
