@@ -173,7 +173,9 @@ def test_evaluation_table():
     ]
 
 
-TEXT = "\u00e9tude \u65e5\u672c\u8a9e \U0001f600\U0001f468\u200d\U0001f469 na\u00efve\n\ttab \ufffd."
+TEXT = (
+    "\u00e9tude \u65e5\u672c\u8a9e \U0001f600\U0001f468\u200d\U0001f469 na\u00efve\n\ttab \ufffd."
+)
 
 
 @pytest.mark.parametrize("at", [0, 3, 5])
