@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -34,16 +33,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all": {"qk_norm": True, "qkv_bias": True, "tie_embeddings": False, "num_layers": 5},
     "shallow": {"exit_layer": 1, "num_layers": 4, "tie_embeddings": False},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """For modules that import it: on a busy machine, threads that wait for each other over tiny
-    matrices made test_decoding take 240 s instead of 9 s."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tiny_config(upper_kv: UpperKV = "exit_state", **changes: Any) -> ModelConfig:

@@ -14,7 +14,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -44,15 +43,6 @@ TRAIN = TrainConfig(
     evals_per_epoch=2,
     holdout_ratio=0.1,
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Imported by test files that train: OpenMP threads that share a core spin for seconds."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Silent:

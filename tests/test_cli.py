@@ -15,7 +15,6 @@ from lego.cli import run_command
 from lego.run_folder import RunFolder
 from tests.runs import (
     finished_run,
-    one_thread,  # noqa: F401
     run_args,
     sentences,
 )

@@ -22,7 +22,6 @@ from tests.models import (
     VARIANTS,
     early_exit,
     model_for,
-    one_thread,  # noqa: F401
     tiny_config,
     tiny_model,
     token_ids,

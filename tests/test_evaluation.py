@@ -16,7 +16,6 @@ from tests.models import (
     confidence,
     midway,
     model_for,
-    one_thread,  # noqa: F401
     tiny_model,
     token_ids,
 )

@@ -18,7 +18,6 @@ from tests.runs import (
     Killer,
     finished_run,
     in_process,
-    one_thread,  # noqa: F401
     run_args,
     same_tensors,
 )

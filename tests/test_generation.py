@@ -18,7 +18,6 @@ from tests.models import (
     early_exit,
     midway,
     model_for,
-    one_thread,  # noqa: F401
     tiny_model,
     token_ids,
     watch,

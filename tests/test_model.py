@@ -14,7 +14,6 @@ from lego.model import LegoModel
 from tests.models import (
     VARIANTS,
     confidence,
-    one_thread,  # noqa: F401
     tiny_config,
     tiny_model,
     token_ids,

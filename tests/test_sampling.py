@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from lego.sampling import Sampler, Sampling, token_probabilities
-from tests.models import one_thread  # noqa: F401
 
 INF, NAN = math.inf, math.nan
 LOGITS = [0.3, 2.0, -1.0, 1.5, 0.0, 1.1, -INF, 0.9]

@@ -30,7 +30,6 @@ from tests.runs import (
     TRAIN,
     Silent,
     finished_run,
-    one_thread,  # noqa: F401
     sentences,
     tiny_windows,
 )

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lego.ops.decode_attention import decode_attention
-from tests.models import one_thread  # noqa: F401
 from tests.oracle import DEVICES, random
 
 # relative to values of size 1: PyTorch keeps probabilities in the dtype of the values

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lego.ops.exit_decision import exit_decision, softmax_confidence
-from tests.models import one_thread  # noqa: F401
 from tests.oracle import DEVICES, random
 
 CRITERIA = ["max_prob", "margin", "entropy"]

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lego.ops.exit_gate import exit_gate
-from tests.models import one_thread  # noqa: F401
 from tests.oracle import DEVICES, random
 
 ERROR = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2}

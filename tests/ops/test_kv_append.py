@@ -14,6 +14,8 @@ from lego.ops.kv_append import kv_append as reference
 from lego_kernels.ops.kv_append import _kv_append_torch, kv_append
 from tests.oracle import DEVICES, assert_same_bits, random
 
+pytestmark = pytest.mark.threads
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 OPS = pytest.mark.parametrize("op", [kv_append, _kv_append_torch], ids=["dispatched", "torch"])
 ALL = pytest.mark.parametrize("op", [reference, kv_append], ids=["reference", "dispatched"])

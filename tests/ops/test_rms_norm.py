@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lego.ops.rms_norm import rms_norm
-from tests.models import one_thread  # noqa: F401
 from tests.oracle import DEVICES, assert_error_bounded, random
 
 # rounding to the result's dtype, and a few operations in float32 or wider

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lego.ops.swiglu import swiglu
-from tests.models import one_thread  # noqa: F401
 from tests.oracle import DEVICES, random
 
 # silu(gate) is rounded to the dtype before it is multiplied: two roundings

@@ -13,7 +13,6 @@ from tests.runs import (
     MODEL,
     TRAIN,
     frozen_copy,
-    one_thread,  # noqa: F401
     tiny_windows,
 )
 

@@ -19,7 +19,6 @@ from tests.runs import (
     TRAIN,
     Silent,
     frozen_copy,
-    one_thread,  # noqa: F401
     same_tensors,
     tiny_windows,
 )

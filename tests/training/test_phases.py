@@ -17,7 +17,6 @@ from tests.runs import (
     Silent,
     frozen_copy,
     in_process,
-    one_thread,  # noqa: F401
     same_tensors,
     tiny_windows,
     train_and_record,
