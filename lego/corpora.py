@@ -306,8 +306,8 @@ def _distinct(name: str, splits: list[list[str]]) -> list[list[str]]:
 def _require_three(name: str, count: int) -> None:
     if count < 3:
         raise ValueError(
-            f"load_text: {name} is too small to split, must hold at least 3 different documents, "
-            f"got {count}"
+            f"load_text: {name} is too small to split, must hold at least 3 different documents "
+            f"(of a text file: paragraphs between blank lines), got {count}"
         )
 
 
