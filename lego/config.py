@@ -297,7 +297,10 @@ class ExperimentConfig:
 
 PRESETS: dict[str, ExperimentConfig] = {
     # about two minutes on two cores, nothing to download
-    "quick": ExperimentConfig(train=TrainConfig(max_tokens=200_000, epochs=1)),
+    "quick": ExperimentConfig(
+        train=TrainConfig(max_tokens=200_000, epochs=1),
+        timing=TimingConfig(num_prompts=4, rounds=7),
+    ),
     # the shape, data and decoding of the two source experiments
     "seed": ExperimentConfig(
         data=DataConfig(name="wikitext2", tokenizer="word", vocab_size=70_000),
