@@ -7,13 +7,19 @@ key, which the dispatcher then prefers. So choosing a backend means loading a li
 LEGO_BACKEND=auto       load what is there and say once, in the log, why something is not (default)
 LEGO_BACKEND=native     a library that this machine could use but cannot load is an ImportError
 LEGO_BACKEND=reference  load nothing: every op runs its plain torch implementation
+
+The native CPU kernels take the best instruction set that this CPU has; LEGO_CPU_ISA=scalar, avx2,
+avx512 or avx512_bf16 names another, and is a ValueError where the CPU lacks it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +27,9 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "native", "reference")
+CPU_ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")  # each includes those before it
 LIB = torch.library.Library("lego_kernels", "DEF")
+LIB.define("cpu_isa(str name) -> str")
 
 _log = logging.getLogger("lego_kernels")
 _folder = Path(__file__).parent
@@ -71,8 +79,46 @@ def _load_native() -> dict[str, str]:
     return unloaded
 
 
+def _triton_problem() -> str:
+    """Why the Triton kernels are not registered for CUDA, "" if they are."""
+    if BACKEND == "reference":
+        return "LEGO_BACKEND=reference"
+    if torch.version.cuda is None:
+        return "torch is built without CUDA"
+    return "" if importlib.util.find_spec("triton") else "triton is not installed"
+
+
 BACKEND = _requested_backend()
+TRITON_PROBLEM = _triton_problem()  # "" where lego_kernels.triton serves CUDA tensors
 NOT_LOADED = _load_native()  # by dispatch key: why its native library is absent, "" if loaded
+if not NOT_LOADED["CPU"]:
+    torch.ops.lego_kernels.cpu_isa(os.environ.get("LEGO_CPU_ISA", "best"))
+
+
+def cpu_isas() -> tuple[str, ...]:
+    """Return what the native CPU kernels can run on here, best last; empty if not loaded."""
+    if NOT_LOADED["CPU"]:
+        return ()
+    in_force = torch.ops.lego_kernels.cpu_isa("")
+    best = torch.ops.lego_kernels.cpu_isa("best")
+    torch.ops.lego_kernels.cpu_isa(in_force)
+    return CPU_ISAS[: CPU_ISAS.index(best) + 1]
+
+
+@contextlib.contextmanager
+def use_cpu_isa(name: str) -> Iterator[None]:
+    """Make the native CPU kernels of the whole process run on one instruction set for a while.
+
+    Raises: ValueError if this CPU lacks it; RuntimeError if the CPU kernels are not loaded.
+    """
+    if NOT_LOADED["CPU"]:
+        raise RuntimeError(f"use_cpu_isa: needs the CPU kernels, got {NOT_LOADED['CPU']}")
+    before = torch.ops.lego_kernels.cpu_isa("")
+    torch.ops.lego_kernels.cpu_isa(name)
+    try:
+        yield
+    finally:
+        torch.ops.lego_kernels.cpu_isa(before)
 
 
 def backend_of(op: str, device_type: str) -> Literal["native", "reference"]:

@@ -1,0 +1,30 @@
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+
+namespace lego {
+
+// The rows of a [..., D] tensor of at most 4 dimensions, whatever the strides of the leading ones.
+struct Rows {
+  int64_t num_rows = 1;
+  int64_t size[3] = {1, 1, 1}, stride[3] = {0, 0, 0};  // of the leading dimensions, in elements
+
+  explicit Rows(const torch::stable::Tensor& x) {
+    const int64_t leading = x.dim() - 1;
+    for (int64_t i = 0; i < leading; ++i) {
+      size[3 - leading + i] = x.size(i);
+      stride[3 - leading + i] = x.stride(i);
+      num_rows *= x.size(i);
+    }
+  }
+
+  // the first element of a row, counted from that of the tensor
+  int64_t offset(int64_t row) const {
+    return row / (size[1] * size[2]) * stride[0] + row / size[2] % size[1] * stride[1] +
+           row % size[2] * stride[2];
+  }
+};
+
+}  // namespace lego

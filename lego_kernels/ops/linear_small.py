@@ -1,0 +1,56 @@
+"""y = x @ w^T for at most 16 rows: the weights are read once, at the speed of memory.
+
+Native: csrc/cpu/linear_small.cpp. Shape letters: B rows, N output features, D input features.
+"""
+
+import torch
+from torch import Tensor
+
+from lego_kernels.library import LIB, refuse_grad
+from lego_kernels.validation import check_dtype, check_tensor
+
+MAX_ROWS = 16
+
+
+# 1. Kernel: plain torch, for any device without a native one
+def _linear_small_torch(x: Tensor, w: Tensor, y: Tensor) -> None:
+    torch.mm(x, w.t(), out=y)
+
+
+# 2. Launcher: in C++, since there is nothing to allocate
+
+
+# 3. Registration: schema, torch kernel, fake; the native library adds its own
+def _linear_small_fake(x: Tensor, w: Tensor, y: Tensor) -> None: ...
+
+
+LIB.define("linear_small(Tensor x, Tensor w, Tensor(a!) y) -> ()")
+LIB.impl("linear_small", _linear_small_torch, "CompositeExplicitAutograd")
+torch.library.register_fake("lego_kernels::linear_small", _linear_small_fake, lib=LIB)
+_op = torch.ops.lego_kernels.linear_small.default
+
+
+# 4. Public wrapper: validate, then dispatch
+def linear_small(x: Tensor, w: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Contract of lego.ops.linear_small for float32, bfloat16 and float16, with B <= 16.
+
+    `out` [B, N], of x's dtype, takes the result and nothing is allocated; it must not overlap x
+    or w. Raises: ValueError also if a last stride is not 1. RuntimeError if an input requires
+    grad in grad mode.
+    """
+    if x.dim() != 2 or w.dim() != 2:
+        raise ValueError(
+            f"linear_small: x and w must have 2 dimensions, got {tuple(x.shape)}, {tuple(w.shape)}"
+        )
+    B, D = x.shape
+    if B > MAX_ROWS:
+        raise ValueError(f"linear_small: x must have at most {MAX_ROWS} rows, got {B}")
+    if out is None:
+        out = x.new_empty(B, w.size(0))
+    check_dtype("linear_small", "x", x)
+    check_tensor("linear_small", "x", x, (B, D), like=x)
+    check_tensor("linear_small", "w", w, (w.size(0), D), like=x)
+    check_tensor("linear_small", "out", out, (B, w.size(0)), like=x)
+    refuse_grad("linear_small", x, w)
+    _op(x, w, out)
+    return out

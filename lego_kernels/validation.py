@@ -1,0 +1,43 @@
+"""The checks that every public wrapper makes, in one wording: op: what must hold, got value."""
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_dtype(op: str, name: str, x: Tensor) -> None:
+    """Raise ValueError unless x is float32, bfloat16 or float16."""
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{op}: {name} must be float32, bfloat16 or float16, got {x.dtype}")
+
+
+def check_tensor(
+    op: str,
+    name: str,
+    x: Tensor,
+    shape: tuple[int, ...],
+    *,
+    like: Tensor,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Raise ValueError unless x has the shape, the device of `like`, and a last stride of 1.
+
+    The dtype is that of `like` unless one is given. The last stride is free where no element or
+    one alone lies along it.
+    """
+    wanted = dtype or like.dtype
+    if x.shape != shape:
+        raise ValueError(f"{op}: {name} must be {tuple(shape)}, got {tuple(x.shape)}")
+    if x.dtype != wanted:
+        raise ValueError(f"{op}: {name} must be {wanted}, got {x.dtype}")
+    if x.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like.device}, got {x.device}")
+    if x.dim() and x.size(-1) > 1 and x.stride(-1) != 1:
+        raise ValueError(f"{op}: {name} must have last stride 1, got {x.stride()}")
+
+
+def check_written(op: str, name: str, x: Tensor) -> None:
+    """Raise ValueError if two elements of x, which is written to, share one place in memory."""
+    if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise ValueError(f"{op}: {name} must have no zero stride, got {x.stride()}")
