@@ -37,6 +37,25 @@ def check_tensor(
         raise ValueError(f"{op}: {name} must have last stride 1, got {x.stride()}")
 
 
+def check_rows(
+    op: str, name: str, x: float | Tensor, num_rows: int, dtype: torch.dtype, *, like: Tensor
+) -> Tensor:
+    """Return a number or a [] or [B] tensor as [B] (of stride 0 where it was one value).
+
+    Raises: ValueError if a tensor has another shape, dtype or device.
+    """
+    if not isinstance(x, Tensor):
+        return torch.full((), x, dtype=dtype, device=like.device).expand(num_rows)
+    shape = () if x.dim() == 0 else (num_rows,)
+    if x.shape != shape:
+        raise ValueError(f"{op}: {name} must be a number or ({num_rows},), got {tuple(x.shape)}")
+    if x.dtype != dtype or x.device != like.device:
+        raise ValueError(
+            f"{op}: {name} must be {dtype} on {like.device}, got {x.dtype} on {x.device}"
+        )
+    return x.expand(num_rows)
+
+
 def check_written(op: str, name: str, x: Tensor) -> None:
     """Raise ValueError if two elements of x, which is written to, share one place in memory."""
     if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
