@@ -10,7 +10,7 @@ $(shell mkdir -p .venv && { echo '$(TORCH)' | cmp -s - .venv/torch-wanted || ech
 BUILD_INPUTS := pyproject.toml setup.py $(shell find build_backend csrc -type f -not -name '*.pyc')
 CXX_FILES := $(shell find csrc -type f)
 
-.PHONY: demo test lint format bench clean install
+.PHONY: demo test lint format bench sanitize clean install
 
 demo: install
 	$(BIN)/lego run
@@ -32,6 +32,19 @@ format: install
 
 bench: install
 	$(BIN)/pytest benchmarks/ --benchmark-only
+
+# the CPU kernels with ASan and UBSan, in a folder of their own, under the tests that reach them; the
+# first report ends it. libstdc++ is there for ASan to find, which Python does not link. Programs that
+# a test compiles itself are left out, since the compilers leak and crash under ASan.
+SANITIZED := build/sanitize
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
+sanitize: install
+	CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" $(BIN)/python setup.py -q build \
+		--build-lib=$(SANITIZED) --build-temp=$(SANITIZED).temp
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 LEGO_BACKEND=native \
+	$(BIN)/pytest -q -s -o pythonpath="$(SANITIZED) ." tests/ops \
+		-k "(scalar or avx2 or avx512 or dispatched or threads) and not compile and not host"
 
 install: $(STAMP)
 

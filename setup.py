@@ -11,6 +11,7 @@ CXX, MAX_JOBS and TORCH_CUDA_ARCH_LIST mean what they mean to torch.utils.cpp_ex
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -58,11 +59,23 @@ def find_cuda_home() -> Path:
     raise FileNotFoundError(f"CUDA toolkit: must hold nvcc, headers and libcudart, got {places}")
 
 
+def headers_digest() -> str:
+    """Name the contents of all headers: as a macro, it makes ninja recompile when one changes.
+
+    torch tracks them itself for C++ alone, and not where two libraries share a build folder.
+    """
+    headers = sorted(path for path in Path("csrc").rglob("*") if path.suffix in {".h", ".cuh"})
+    return hashlib.sha256(b"".join(path.read_bytes() for path in headers)).hexdigest()[:16]
+
+
 def native_extension(name: str, pattern: str, libraries: list[str]) -> Extension:
     return cpp_extension.CppExtension(
         f"lego_kernels.{name}",
         sorted(map(str, Path("csrc").glob(pattern))),
-        define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI_VERSION)],
+        define_macros=[
+            ("TORCH_TARGET_VERSION", STABLE_ABI_VERSION),
+            ("LEGO_HEADERS", headers_digest()),
+        ],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
         libraries=libraries,
         py_limited_api=True,

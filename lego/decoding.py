@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from lego.config import KVPolicy
-from lego.kv_cache import KVCache
 from lego.model import LegoModel
 from lego.ops.exit_decision import softmax_confidence
 from lego.strategies import EarlyExit, FullDepth, Uncached
@@ -136,8 +135,9 @@ class CachedDecoder:
             self._policy = "exact" if is_exit_state else "recompute"
         self._rows = [_Row() for _ in range(num_rows)]
         shape = (num_rows, num_slots, config.num_kv_heads, config.head_dim)
-        self._lower_cache = KVCache.allocate(config.exit_layer, *shape, like=like)
-        self._upper_cache = KVCache.allocate(config.num_upper_layers, *shape, like=like)
+        allocate = model.kv_cache_type.allocate
+        self._lower_cache = allocate(config.exit_layer, *shape, like=like)
+        self._upper_cache = allocate(config.num_upper_layers, *shape, like=like)
         self._exit_states = like.new_zeros(num_rows, num_slots, config.dim)
 
     def keep(self, rows: list[int]) -> None:

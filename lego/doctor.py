@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lego.ops.kv_append import kv_append as kv_append_reference
+from lego.self_tests import SELF_TESTS
 
 REINSTALL = "repair what the build record names, then run `pip install -e .` again"
 
@@ -62,18 +62,19 @@ def diagnose() -> Diagnosis:
         problems.append(Problem(what=str(error), fix=fix))
         return diagnosis
 
+    diagnosis.versions["CPU kernels run on"] = library.cpu_isa() or "not loaded"
     diagnosis.build.update(library.build_record())
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         unloaded = library.NOT_LOADED[device.upper()]
         if unloaded and library.BACKEND != "reference":
             what = f"the native {device} library is not loaded: {unloaded}"
             problems.append(Problem(what=what, fix=REINSTALL))
-        for op, self_test in _SELF_TESTS.items():
+        for op, self_test in SELF_TESTS.items():
             report = OpReport(
                 op=op,
                 device=device,
                 backend=library.backend_of(op, device),
-                why=unloaded or f"LEGO_BACKEND={library.BACKEND}, library loaded",
+                why=library.why_backend(op, device),
                 error=_error(self_test, getattr(lego_kernels, op), device),
             )
             diagnosis.ops.append(report)
@@ -160,17 +161,3 @@ def _error(self_test: Callable[..., bool], op: Callable[..., Any], device: str) 
         return "" if self_test(op, device) else "differs from its reference"
     except (RuntimeError, ValueError) as error:
         return str(error)
-
-
-def _kv_append_agrees(op: Callable[..., Any], device: str) -> bool:
-    k, v = torch.randn(2, 3, 2, 3, 8, device=device)  # [B, T, H, D] each
-    position = torch.tensor([1, -1, 5], device=device)
-    caches = []
-    for append in (op, kv_append_reference):
-        k_cache, v_cache = cache = torch.zeros(2, 3, 8, 3, 8, device=device)
-        append(k_cache, v_cache, k, v, position)
-        caches.append(cache)
-    return torch.equal(*caches)
-
-
-_SELF_TESTS = {"kv_append": _kv_append_agrees}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lego.config import ModelConfig
-from lego.kv_cache import Attend, attend_within
+from lego.kv_cache import Attend, KVCache, attend_within
 from lego.layers import Block, RMSNorm, Rotary
 from lego.ops.exit_gate import exit_gate
 
@@ -45,6 +45,8 @@ class LegoModel(nn.Module):
     The head is shared by both exits, each with a norm of its own. A dense model (exit_layer ==
     num_layers) has no upper block: its exit is its end.
     """
+
+    kv_cache_type: type[KVCache] = KVCache  # what the decoders keep keys and values in
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -95,11 +95,16 @@ if not NOT_LOADED["CPU"]:
     torch.ops.lego_kernels.cpu_isa(os.environ.get("LEGO_CPU_ISA", "best"))
 
 
+def cpu_isa() -> str:
+    """Return the instruction set that the native CPU kernels run on; empty if not loaded."""
+    return "" if NOT_LOADED["CPU"] else torch.ops.lego_kernels.cpu_isa("")
+
+
 def cpu_isas() -> tuple[str, ...]:
     """Return what the native CPU kernels can run on here, best last; empty if not loaded."""
     if NOT_LOADED["CPU"]:
         return ()
-    in_force = torch.ops.lego_kernels.cpu_isa("")
+    in_force = cpu_isa()
     best = torch.ops.lego_kernels.cpu_isa("best")
     torch.ops.lego_kernels.cpu_isa(in_force)
     return CPU_ISAS[: CPU_ISAS.index(best) + 1]
@@ -113,7 +118,7 @@ def use_cpu_isa(name: str) -> Iterator[None]:
     """
     if NOT_LOADED["CPU"]:
         raise RuntimeError(f"use_cpu_isa: needs the CPU kernels, got {NOT_LOADED['CPU']}")
-    before = torch.ops.lego_kernels.cpu_isa("")
+    before = cpu_isa()
     torch.ops.lego_kernels.cpu_isa(name)
     try:
         yield
@@ -125,6 +130,18 @@ def backend_of(op: str, device_type: str) -> Literal["native", "reference"]:
     """Say whether a kernel of its own or the plain torch implementation serves `op` there."""
     own = torch._C._dispatch_has_kernel_for_dispatch_key(f"lego_kernels::{op}", device_type.upper())
     return "native" if own else "reference"
+
+
+def why_backend(op: str, device_type: str) -> str:
+    """Say in a few words why backend_of is what it is."""
+    if BACKEND == "reference":
+        return "LEGO_BACKEND=reference"
+    if backend_of(op, device_type) == "native":
+        return "has a kernel of its own"
+    unloaded = NOT_LOADED.get(device_type.upper(), "")
+    if not unloaded and device_type == "cuda":
+        unloaded = TRITON_PROBLEM
+    return unloaded or f"plain torch is its kernel on {device_type}"
 
 
 def refuse_grad(op: str, *tensors: Tensor) -> None:

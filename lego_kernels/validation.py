@@ -33,7 +33,8 @@ def check_tensor(
         raise ValueError(f"{op}: {name} must be {wanted}, got {x.dtype}")
     if x.device != like.device:
         raise ValueError(f"{op}: {name} must be on {like.device}, got {x.device}")
-    if x.dim() and x.size(-1) > 1 and x.stride(-1) != 1:
+    # contiguous as a rule, which is the quickest to ask
+    if not x.is_contiguous() and x.size(-1) > 1 and x.stride(-1) != 1:
         raise ValueError(f"{op}: {name} must have last stride 1, got {x.stride()}")
 
 
@@ -53,10 +54,12 @@ def check_rows(
         raise ValueError(
             f"{op}: {name} must be {dtype} on {like.device}, got {x.dtype} on {x.device}"
         )
-    return x.expand(num_rows)
+    return x if x.dim() else x.expand(num_rows)
 
 
 def check_written(op: str, name: str, x: Tensor) -> None:
     """Raise ValueError if two elements of x, which is written to, share one place in memory."""
-    if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+    if 0 in x.stride() and any(
+        stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)
+    ):
         raise ValueError(f"{op}: {name} must have no zero stride, got {x.stride()}")

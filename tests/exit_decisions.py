@@ -33,8 +33,16 @@ def check(h, head, criterion, norm_weight=None, vocab_size=None, **noise) -> Exi
     eager = reference(h, head, norm_weight_D=norm_weight, **given)
     exact = reference(h.double(), head.double(), norm_weight_D=wide, **given)
     assert [x.dtype for x in got] == [torch.int64, torch.float32, torch.float32, torch.bool]
-    assert_error_bounded(got.confidence, eager.confidence, exact.confidence, floor=FLOOR)
-    assert_error_bounded(got.lse, eager.lse, exact.lse, floor=FLOOR * (1 + exact.lse.abs().max()))
+    rounded = exact
+    if norm_weight is not None:
+        # the normed rows are rounded, as eager's are; that eager's logits make up for it is luck
+        normed = rms_norm(h, norm_weight, eps=1e-5)
+        rounded = reference(normed.double(), head.double(), **given)
+    for name, scale in (("confidence", 1), ("lse", 1 + exact.lse.abs().max().item())):
+        want = getattr(exact, name)
+        moved = (getattr(rounded, name) - want).nan_to_num().abs().max().item()
+        floor = FLOOR * scale + moved
+        assert_error_bounded(getattr(got, name), getattr(eager, name), want, floor=floor)
     assert torch.equal(got.exit, got.confidence >= 0.3)
 
     logits = logits_of(h.double(), head[:vocab_size].double(), wide)

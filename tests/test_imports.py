@@ -27,9 +27,14 @@ LAYERS = {
         ("commands",),
         ("cli",),
     ),
-    "lego_kernels": (("library",), ("ops",)),
+    "lego_kernels": (
+        ("library", "validation", "gumbel"),
+        ("triton",),
+        ("ops",),
+        ("layers",),
+    ),
 }
-MAY_IMPORT_KERNELS = {"lego.doctor"}
+MAY_IMPORT_KERNELS = {"lego.doctor", "lego.accelerate"}
 
 
 def module_name(path: Path) -> str:

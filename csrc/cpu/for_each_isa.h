@@ -18,6 +18,18 @@
 #include <immintrin.h>
 #endif
 
+// Everything between the two is compiled for the features named. Their spelling differs: GCC's is
+// unknown to Clang, which would skip it.
+#define LEGO_PRAGMA(...) _Pragma(#__VA_ARGS__)
+#if defined(__clang__)
+#define LEGO_TARGET_BEGIN(features) \
+  LEGO_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define LEGO_TARGET_END LEGO_PRAGMA(clang attribute pop)
+#else
+#define LEGO_TARGET_BEGIN(features) LEGO_PRAGMA(GCC push_options) LEGO_PRAGMA(GCC target(features))
+#define LEGO_TARGET_END LEGO_PRAGMA(GCC pop_options)
+#endif
+
 #define LEGO_ISA_PASS
 
 #define LEGO_LANES 4
@@ -33,8 +45,7 @@ namespace {
 
 #if defined(__x86_64__)
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+LEGO_TARGET_BEGIN("avx2,fma,f16c")
 #define LEGO_LANES 8
 namespace lego::avx2 {
 namespace {
@@ -45,10 +56,9 @@ namespace {
 }  // namespace
 }  // namespace lego::avx2
 #undef LEGO_LANES
-#pragma GCC pop_options
+LEGO_TARGET_END
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
+LEGO_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
 #define LEGO_LANES 16
 namespace lego::avx512 {
 namespace {
@@ -58,10 +68,9 @@ namespace {
 #include LEGO_OP_FILE
 }  // namespace
 }  // namespace lego::avx512
-#pragma GCC pop_options
+LEGO_TARGET_END
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+LEGO_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 #define LEGO_HAS_DPBF16
 namespace lego::avx512_bf16 {
 namespace {
@@ -73,7 +82,7 @@ namespace {
 }  // namespace lego::avx512_bf16
 #undef LEGO_HAS_DPBF16
 #undef LEGO_LANES
-#pragma GCC pop_options
+LEGO_TARGET_END
 
 #endif
 #undef LEGO_ISA_PASS

@@ -38,6 +38,8 @@ using torch::stable::Tensor;
 // x [B, D], w [N, D], y [B, N] of one dtype, B <= 16, last strides 1
 void linear_small_cpu(const Tensor& x, const Tensor& w, Tensor y) {
   const int64_t B = x.size(0), D = x.size(1), N = w.size(0);
+  // here too, since the kernel's tile on the stack has no more rows
+  LEGO_CHECK_VALUE(B <= 16, "linear_small: x must have at most 16 rows, got " << B);
   lego::with_dtype("linear_small", x.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const auto kernel = LEGO_KERNEL(linear_small<T>);

@@ -10,6 +10,7 @@ typedef uint16_t HalfBits __attribute__((vector_size(2 * LEGO_LANES)));
 
 inline Vec splat(float x) { return Vec{} + x; }
 inline Vec where(IntVec condition, Vec yes, Vec no) { return condition ? yes : no; }
+// b where either is NaN
 inline Vec max(Vec a, Vec b) { return where(a > b, a, b); }
 inline Vec min(Vec a, Vec b) { return where(a < b, a, b); }
 
@@ -31,9 +32,9 @@ inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
 inline float to_float(f16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
-  // the exponent is rebased by a product, which is exact and turns subnormals into normal numbers
-  const uint32_t infinite = rest >= 0x7c00 ? 0x7f800000 : 0;
-  return bits_to_float(sign | infinite | float_to_bits(bits_to_float(rest << 13) * 0x1p112f));
+  // a product with a normal result for subnormals, since a thread may flush subnormal operands to 0
+  if (rest < 0x400) return bits_to_float(sign | float_to_bits(static_cast<float>(rest) * 0x1p-24f));
+  return bits_to_float(sign | ((rest << 13) + (rest < 0x7c00 ? 0x38000000u : 0x70000000u)));
 }
 
 // rounds to nearest, ties to even
@@ -75,7 +76,9 @@ inline Vec load(const bf16* from) {
 
 inline Vec load(const f16* from) {
 #if LEGO_LANES == 16
-  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  // the zeroing forms, since GCC 12 takes the plain ones for a use of uninitialised values
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return (Vec)_mm512_maskz_cvtph_ps(0xffff, halves);
 #elif LEGO_LANES == 8
   return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #else
@@ -97,7 +100,6 @@ inline void store(bf16* to, Vec x) {
 
 inline void store(f16* to, Vec x) {
 #if LEGO_LANES == 16
-  // the zeroing form, since GCC 12 takes the plain one for a use of uninitialised values
   const __m256i halves = _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
 #elif LEGO_LANES == 8
@@ -150,10 +152,9 @@ inline float sum(Vec x) {
   return two[0] + two[1];
 }
 
+// lanes that are NaN do not count; -inf if all are
 inline float largest(Vec x) {
-  float lanes[kLanes];
-  store(lanes, x);
-  float most = lanes[0];
-  for (int i = 1; i < kLanes; ++i) most = lanes[i] > most ? lanes[i] : most;
+  float most = -__builtin_inff();
+  for (int i = 0; i < kLanes; ++i) most = x[i] > most ? x[i] : most;
   return most;
 }

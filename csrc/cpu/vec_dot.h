@@ -1,7 +1,7 @@
 // Dot products of rows, the inner loop of every op that reads weights. Included by for_each_isa.h.
 //
-// A dot product adds in one order only: lane by lane over the width, then the lanes. However many
-// rows share a pass, a row's bits stay the same.
+// A dot product adds in one order only: lane by lane over the width, then the lanes as sum() does.
+// However many rows share a pass, a row's bits stay the same.
 
 // acc += products of as many values as one step takes
 template <class T>
@@ -27,57 +27,75 @@ struct Step<bf16> {
 };
 #endif
 
-// out[r * out_stride + n] = x[r] . w[n] for R rows of x and N rows of w, each `width` long
+// out[r * out_stride + n] = x[r] . w[n] for R rows of x and N rows of w. The steps go to
+// two sums in turn, since each waits for its last addition: 1.2 times as fast as one from the cache.
 template <int R, int N, class T>
 inline void dot_block(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t width, float* out,
                       int64_t out_stride) {
   typedef Step<T> S;
-  Vec acc[R][N] = {};
-  int64_t i = 0;
-  const auto add = [&](const auto& read) __attribute__((always_inline)) {
+  Vec acc[2][R][N] = {};
+  const auto add = [&](int turn, int64_t i, const auto& read) __attribute__((always_inline)) {
     typename S::Values row[R];
-    for (int r = 0; r < R; ++r) row[r] = read(x + r * x_stride);
+    for (int r = 0; r < R; ++r) row[r] = read(x + r * x_stride + i);
     for (int n = 0; n < N; ++n) {
-      const typename S::Values weight = read(w + n * w_stride);
-      __builtin_prefetch(w + (n + N) * w_stride + i);  // the row that is next in this one's place
-      for (int r = 0; r < R; ++r) acc[r][n] = S::add(acc[r][n], row[r], weight);
+      const typename S::Values weight = read(w + n * w_stride + i);
+      // the row that is next in this one's place, into the second-level cache: 1.2 to 1.5 times as
+      // fast as none, where the first level gained nothing. One row after the other is left to the
+      // hardware, which does better.
+      if (N > 1) __builtin_prefetch(w + (n + N) * w_stride + i, 0, 2);
+      for (int r = 0; r < R; ++r) acc[turn][r][n] = S::add(acc[turn][r][n], row[r], weight);
     }
   };
-  for (; i + S::kWidth <= width; i += S::kWidth) {
-    add([&](const T* from) __attribute__((always_inline)) { return S::read(from + i); });
+  const auto whole = [&](const T* from) __attribute__((always_inline)) { return S::read(from); };
+  int64_t i = 0;
+  for (; i + 2 * S::kWidth <= width; i += 2 * S::kWidth) {
+    add(0, i, whole);
+    add(1, i + S::kWidth, whole);
+  }
+  if (i + S::kWidth <= width) {
+    add(0, i, whole);
+    i += S::kWidth;
   }
   if (i < width) {
-    add([&](const T* from) __attribute__((always_inline)) { return S::read_first(from + i, width - i); });
+    const auto first = [=](const T* from)
+                           __attribute__((always_inline)) { return S::read_first(from, width - i); };
+    add(1, i, first);
   }
   for (int r = 0; r < R; ++r) {
-    for (int n = 0; n < N; ++n) out[r * out_stride + n] = sum(acc[r][n]);
+    for (int n = 0; n < N; ++n) out[r * out_stride + n] = sum(acc[0][r][n] + acc[1][r][n]);
   }
 }
 
-template <int R, class T>
+// dot_products for R rows of x, N rows of w at a time
+template <int R, int N, class T>
 inline void dot_rows(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t num_w, int64_t width,
                      float* out, int64_t out_stride) {
-  // as many sums at once as hide the latency of one and fit in the registers
-  constexpr int N = R == 1 ? 8 : 4;
   int64_t n = 0;
   for (; n + N <= num_w; n += N) {
     dot_block<R, N>(x, x_stride, w + n * w_stride, w_stride, width, out + n, out_stride);
   }
-  for (; n < num_w; ++n) {
-    dot_block<R, 1>(x, x_stride, w + n * w_stride, w_stride, width, out + n, out_stride);
-  }
+  for (; n < num_w; ++n) dot_block<R, 1>(x, x_stride, w + n * w_stride, w_stride, width, out + n, out_stride);
 }
 
-// out[r * out_stride + n] = x[r] . w[n] for all rows of x and of w. The rows of w are read from
-// memory once if num_w * width values fit in the second-level cache, however many rows x has.
+// out[r * out_stride + n] = x[r] . w[n] for all rows of x and of w, each `width` long. The rows of w
+// are read from memory once if num_w * width values fit in the second-level cache, however many rows
+// x has.
 template <class T>
 inline void dot_products(const T* x, int64_t x_stride, int64_t num_x, const T* w, int64_t w_stride,
                          int64_t num_w, int64_t width, float* out, int64_t out_stride) {
-  int64_t r = 0;
-  for (; r + 4 <= num_x; r += 4) {
-    dot_rows<4>(x + r * x_stride, x_stride, w, w_stride, num_w, width, out + r * out_stride, out_stride);
-  }
-  for (; r < num_x; ++r) {
-    dot_rows<1>(x + r * x_stride, x_stride, w, w_stride, num_w, width, out + r * out_stride, out_stride);
-  }
+  const auto pass = [&](int num_rows, auto dot_rows_of) {
+    for (; num_x >= num_rows; num_x -= num_rows, x += num_rows * x_stride, out += num_rows * out_stride) {
+      dot_rows_of(x, x_stride, w, w_stride, num_w, width, out, out_stride);
+    }
+  };
+  // what fits in 32 registers, or 16 without AVX-512
+  constexpr int N = kLanes == 16 ? 8 : 4;
+  // Rows below half a page: several streams at once, each soon at its end, halve what memory gives. But
+  // where values have to be converted, rows at once share the conversion of x.
+  typedef Step<T> S;
+  constexpr bool converts = sizeof(typename S::Values) > S::kWidth * sizeof(T);
+  const bool one_by_one = width * sizeof(T) < 2048 && !converts;
+  pass(4, dot_rows<4, N / 4, T>);
+  pass(2, one_by_one ? dot_rows<2, 1, T> : dot_rows<2, N / 2, T>);
+  pass(1, one_by_one ? dot_rows<1, 1, T> : dot_rows<1, N, T>);
 }

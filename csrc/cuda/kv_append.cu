@@ -1,6 +1,3 @@
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -8,17 +5,11 @@
 #include <cstdint>
 
 #include "kv_append.cuh"
+#include "launch.h"
 
 namespace {
 
 using torch::stable::Tensor;
-
-lego::KvHeads heads_of(const Tensor& x) {
-  const int64_t element = x.element_size();
-  // the stride of a dimension of size 1 is arbitrary, and must not cost the wide path
-  const auto stride_bytes = [&](int64_t dim) { return x.size(dim) > 1 ? x.stride(dim) * element : 0; };
-  return {static_cast<char*>(x.data_ptr()), stride_bytes(0), stride_bytes(1), stride_bytes(2)};
-}
 
 template <typename Word>
 void launch(lego::KvAppendArgs args, int64_t head_bytes, cudaStream_t stream) {
@@ -33,15 +24,11 @@ void launch(lego::KvAppendArgs args, int64_t head_bytes, cudaStream_t stream) {
 void kv_append_cuda(Tensor k_cache, Tensor v_cache, const Tensor& k, const Tensor& v,
                     const Tensor& position) {
   if (k.numel() == 0) return;
-  const int32_t device = k_cache.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-
-  const lego::KvAppendArgs args{heads_of(k_cache),
-                                heads_of(v_cache),
-                                heads_of(k),
-                                heads_of(v),
+  const lego::LaunchGuard guard(k_cache);
+  const lego::KvAppendArgs args{lego::heads_of(k_cache),
+                                lego::heads_of(v_cache),
+                                lego::heads_of(k),
+                                lego::heads_of(v),
                                 static_cast<const int64_t*>(position.data_ptr()),
                                 position.stride(0),
                                 k.size(0),
@@ -50,22 +37,21 @@ void kv_append_cuda(Tensor k_cache, Tensor v_cache, const Tensor& k, const Tenso
                                 static_cast<int>(k.size(2)),
                                 /*words_per_head=*/0};
   const int64_t head_bytes = k.size(3) * k.element_size();
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  const cudaStream_t stream = guard.stream();
   switch (lego::kv_word_bytes(args, head_bytes)) {
     case 16:
-      launch<uint4>(args, head_bytes, cuda_stream);
+      launch<uint4>(args, head_bytes, stream);
       break;
     case 8:
-      launch<uint2>(args, head_bytes, cuda_stream);
+      launch<uint2>(args, head_bytes, stream);
       break;
     case 4:
-      launch<uint32_t>(args, head_bytes, cuda_stream);
+      launch<uint32_t>(args, head_bytes, stream);
       break;
     default:
-      launch<uint16_t>(args, head_bytes, cuda_stream);
+      launch<uint16_t>(args, head_bytes, stream);
   }
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, "kv_append: the kernel must launch, got ", cudaGetErrorString(error));
+  lego::check_launch("kv_append");
 }
 
 }  // namespace

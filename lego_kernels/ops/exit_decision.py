@@ -22,6 +22,12 @@ CRITERIA = get_args(Criterion)
 # row alone; of every tile and row, PARTIALS float32 values stay in the workspace
 TILE = 128
 PARTIALS = 8
+_OUT = (
+    ("out.token", torch.int64),
+    ("out.confidence", torch.float32),
+    ("out.lse", torch.float32),
+    ("out.exit", torch.bool),
+)
 
 
 class ExitDecision(NamedTuple):
@@ -57,6 +63,7 @@ def _exit_decision_torch(
     exit: Tensor,
     workspace: Tensor,
 ) -> None:
+    _check_values(threshold, temperature)
     if norm_weight is not None:
         h = F.rms_norm(h, norm_weight.shape, norm_weight, eps)
     logits = F.linear(h, head[:vocab_size]).float()
@@ -68,6 +75,16 @@ def _exit_decision_torch(
     confidence.copy_(_confidence(logits, criterion))
     lse.copy_(logits.logsumexp(dim=-1))
     exit.copy_(confidence >= threshold)
+
+
+def _check_values(threshold: Tensor, temperature: Tensor | None) -> None:
+    if threshold.is_cpu and bool(threshold.isnan().any()):
+        raise ValueError("exit_decision: threshold must not be NaN, got nan")
+    if temperature is not None and temperature.is_cpu:
+        if not bool((temperature.isfinite() & (temperature >= 0)).all()):
+            raise ValueError(
+                f"exit_decision: temperature must be finite and >= 0, got {temperature.tolist()}"
+            )
 
 
 def _confidence(logits: Tensor, criterion: str) -> Tensor:
@@ -147,7 +164,8 @@ def exit_decision(
             f"exit_decision: criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}"
         )
     check_dtype("exit_decision", "h", h)
-    check_tensor("exit_decision", "h", h, (B, D), like=h)
+    if not h.is_contiguous():
+        check_tensor("exit_decision", "h", h, (B, D), like=h)
     check_tensor("exit_decision", "head", head, (V, D), like=h)
     if norm_weight is not None:
         check_tensor("exit_decision", "norm_weight", norm_weight, (D,), like=h)
@@ -161,12 +179,11 @@ def exit_decision(
             check_rows("exit_decision", "seed", seed, B, torch.int64, like=h),
             check_rows("exit_decision", "offset", offset, B, torch.int64, like=h),
         ]
-    _check_values(threshold, noise[0])
     out = ExitDecision.empty(B, h.device) if out is None else out
     _check_out(out, like=h)
     if workspace is None:
         workspace = exit_decision_workspace(h, head)
-    _check_workspace(workspace, h, head)
+    _check_workspace(workspace, B, D, V, like=h)
     refuse_grad("exit_decision", h, head)
     _op(h, head, norm_weight, eps, threshold, criterion, vocab_size, *noise, *out, workspace)
     return out
@@ -174,37 +191,26 @@ def exit_decision(
 
 def exit_decision_workspace(h: Tensor, head: Tensor) -> Tensor:
     """Scratch for exit_decision on such tensors, or on any with fewer rows: float32 [size]."""
-    return torch.empty(_workspace_size(h, head), device=h.device)
+    return torch.empty(_workspace_size(h.size(0), h.size(1), head.size(0)), device=h.device)
 
 
-def _workspace_size(h: Tensor, head: Tensor) -> int:
+def _workspace_size(B: int, D: int, V: int) -> int:
     """PARTIALS values of each row and tile, and the normed row."""
-    tiles = -(-head.size(0) // TILE)
-    return h.size(0) * (tiles * PARTIALS + h.size(1))
-
-
-def _check_values(threshold: Tensor, temperature: Tensor | None) -> None:
-    if threshold.is_cpu and bool(threshold.isnan().any()):
-        raise ValueError("exit_decision: threshold must not be NaN, got nan")
-    if temperature is not None and temperature.is_cpu:
-        if not bool((temperature.isfinite() & (temperature >= 0)).all()):
-            raise ValueError(
-                f"exit_decision: temperature must be finite and >= 0, got {temperature.tolist()}"
-            )
+    return B * (-(-V // TILE) * PARTIALS + D)
 
 
 def _check_out(out: ExitDecision, *, like: Tensor) -> None:
-    B = like.size(0)
-    dtypes = (torch.int64, torch.float32, torch.float32, torch.bool)
-    for name, x, dtype in zip(ExitDecision._fields, out, dtypes, strict=True):
-        check_tensor("exit_decision", f"out.{name}", x, (B,), like=like, dtype=dtype)
+    shape, device = like.shape[:1], like.device
+    for (name, dtype), x in zip(_OUT, out, strict=True):
+        # a call costs as much as what it asks, and at the seed's head the checks a third of the op
+        if x.shape != shape or x.dtype != dtype or x.device != device or not x.is_contiguous():
+            check_tensor("exit_decision", name, x, shape, like=like, dtype=dtype)
 
 
-def _check_workspace(workspace: Tensor, h: Tensor, head: Tensor) -> None:
-    shape = (workspace.numel(),)
-    check_tensor("exit_decision", "workspace", workspace, shape, like=h, dtype=torch.float32)
-    if workspace.numel() < _workspace_size(h, head):
+def _check_workspace(workspace: Tensor, B: int, D: int, V: int, *, like: Tensor) -> None:
+    size, needed = workspace.numel(), _workspace_size(B, D, V)
+    check_tensor("exit_decision", "workspace", workspace, (size,), like=like, dtype=torch.float32)
+    if size < needed:
         raise ValueError(
-            f"exit_decision: workspace must have at least {_workspace_size(h, head)} elements, "
-            f"got {workspace.numel()}"
+            f"exit_decision: workspace must have at least {needed} elements, got {size}"
         )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lego_kernels.library import LIB, refuse_grad
-from lego_kernels.validation import check_dtype, check_tensor
+from lego_kernels.validation import check_dtype, check_tensor, check_written
 
 MAX_ROWS = 16
 
@@ -51,6 +51,7 @@ def linear_small(x: Tensor, w: Tensor, *, out: Tensor | None = None) -> Tensor:
     check_tensor("linear_small", "x", x, (B, D), like=x)
     check_tensor("linear_small", "w", w, (w.size(0), D), like=x)
     check_tensor("linear_small", "out", out, (B, w.size(0)), like=x)
+    check_written("linear_small", "out", out)
     refuse_grad("linear_small", x, w)
     _op(x, w, out)
     return out

@@ -61,13 +61,14 @@ def rms_norm(
         raise ValueError(f"rms_norm: x must be [..., D] of 1 to 4 dimensions, got {tuple(x.shape)}")
     if not eps >= 0:
         raise ValueError(f"rms_norm: eps must be >= 0, got {eps}")
-    if out is None:
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
     check_dtype("rms_norm", "x", x)
     check_tensor("rms_norm", "x", x, x.shape, like=x)
     check_tensor("rms_norm", "weight", weight, x.shape[-1:], like=x)
-    check_tensor("rms_norm", "out", out, x.shape, like=x)
-    check_written("rms_norm", "out", out)
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    else:
+        check_tensor("rms_norm", "out", out, x.shape, like=x)
+        check_written("rms_norm", "out", out)
     if residual is not None:
         check_tensor("rms_norm", "residual", residual, x.shape, like=x)
         check_written("rms_norm", "residual", residual)

@@ -74,6 +74,31 @@ def test_noise_belongs_to_seed_and_offset(device):
     check(h, head, "max_prob", temperature=temperature, seed=3, offset=index)
 
 
+# offset and token, under seed 0, of the words below 40, which win, and of those above 2^32 - 40
+FAR_OUT = [(2092806, 190), (3441155, 58), (3540204, 117), (2280615, 283), (3474781, 4)]
+FAR_OUT += [(147185, 155), (2114172, 271), (1511205, 108), (1213282, 163), (1260597, 24)]
+
+
+def test_noise_of_every_token(device, provider):
+    """Two tokens are left of each row, their logits a hair to either side of a tie under noise."""
+    V, many = 300, 100 if provider == "triton" else 1000
+    offset, token = torch.tensor(FAR_OUT + [(row, row * 7 % V) for row in range(many)]).T
+    rows, other = torch.arange(len(token)), (token + 1 + offset % (V - 1)) % V
+    noise = gumbel(torch.zeros_like(offset), offset, V)
+    first, second = noise[rows, token], noise[rows, other]
+    # float32 of noise, of two sums; and u, which as a float32 is coarse near 1, where noise is low
+    exponential = torch.exp(-torch.stack((first, second)))
+    coarse = 2.0**-24 * exponential.expm1() / exponential
+    hair = 2.0**-20 * (1 + first.abs() + second.abs()) + coarse.sum(0).clamp(max=1)
+    given = {"threshold": 0.5, "temperature": 1.0, "seed": 0, "offset": offset.to(device)}
+    for side, expected in ((-1, other), (1, token)):
+        h = torch.full((len(token), V), -1e4)
+        h[rows, other] = 0.0
+        h[rows, token] = (second - first + side * hair).float()
+        got = exit_decision(h.to(device), torch.eye(V, device=device), **given)
+        assert torch.equal(got.token.cpu(), expected)
+
+
 def chi_squared(counts: Tensor, prob: Tensor) -> float:
     """The survival probability of Pearson's statistic; bins expect 8 draws at least."""
     from scipy import stats

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lego.ops.rms_norm import rms_norm
-from tests.oracle import DEVICES, assert_error_bounded, random
+from tests.oracle import DEVICES, assert_error_bounded, assert_same_bits, random
 
 # rounding to the result's dtype, and a few operations in float32 or wider
 ERROR = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8}
@@ -53,6 +53,33 @@ def test_input_is_left_alone_and_rows_are_independent():
     assert got[1].isnan().all() and got[[0, 2]].isfinite().all()
     strided = torch.stack((x, x), dim=-1)[..., 0]
     torch.testing.assert_close(rms_norm(strided, weight, eps=1e-5), got, equal_nan=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", ERROR, ids=str)
+def test_residual_is_added_in_place_before_the_norm(dtype, device):
+    x, residual = random((3, 40), dtype, device), random((3, 80), dtype, device, seed=2)[:, 20:60]
+    weight = random((40,), dtype, device, seed=1)
+    x_before, around, expected = x.clone(), residual._base.clone(), residual + x
+    got = rms_norm(x, weight, eps=1e-3, residual=residual)
+    assert_same_bits(x, x_before)
+    assert_same_bits(residual, expected)
+    assert_same_bits(residual._base[:, :20], around[:, :20])
+    assert_same_bits(residual._base[:, 60:], around[:, 60:])
+    # the sum as it was rounded to the dtype is what is normalised
+    assert_same_bits(got, rms_norm(expected, weight, eps=1e-3))
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 4), (2, 1), (2, 5)], ids=str)
+def test_refuses_a_residual_of_another_shape(shape):
+    residual = torch.zeros(shape)
+    with pytest.raises(ValueError) as caught:
+        rms_norm(torch.ones(2, 4), torch.ones(4), eps=1e-5, residual=residual)
+    assert str(caught.value) == f"rms_norm: residual must be (2, 4), got {shape}"
+    residual = torch.zeros(2, 4)
+    with pytest.raises(ValueError, match=r"^rms_norm: weight must be \[4\]"):
+        rms_norm(torch.ones(2, 4), torch.ones(3), eps=1e-5, residual=residual)
+    assert not residual.any()
 
 
 def test_refuses():

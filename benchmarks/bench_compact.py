@@ -1,0 +1,48 @@
+"""compact: the reference, torch without waiting for the device, torch.compile of it, and ours."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from lego.ops.compact import compact as reference
+from lego_kernels.ops.compact import compact
+from tests.oracle import DEVICES
+
+
+class Case(NamedTuple):
+    B: int  # rows
+
+
+CASES = [Case(1), Case(32)]
+MORE_CASES = [Case(8), Case(256), Case(4096)]
+
+
+def in_torch(exit: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+    """A stable sort, since nonzero makes the host wait for the device."""
+    goes_on = alive & ~exit
+    count, order = goes_on.sum(), torch.argsort(~goes_on, stable=True)
+    row = torch.arange(exit.size(0), device=exit.device)
+    return torch.where(row < count, order, -1), count
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compact(case, device, compare):
+    generator = torch.Generator().manual_seed(0)
+    exit, alive = (torch.rand(2, case.B, generator=generator) < 0.7).to(device).unbind()
+    compiled = torch.compile(in_torch, dynamic=False)
+    out = compact(exit, alive)
+    for other in (reference(exit, alive), in_torch(exit, alive), compiled(exit, alive)):
+        for mine, theirs in zip(out, other, strict=True):
+            assert torch.equal(mine, theirs)
+    compare(
+        {
+            "reference": lambda: reference(exit, alive),
+            "torch": lambda: in_torch(exit, alive),
+            "compile": lambda: compiled(exit, alive),
+            "ours": lambda: compact(exit, alive, out=out),
+        },
+        device=device,
+        moved_bytes=exit.nbytes + alive.nbytes + sum(x.nbytes for x in out),
+    )

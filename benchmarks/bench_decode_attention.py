@@ -1,0 +1,75 @@
+"""decode_attention: the reference, torch.compile of it, SDPA on the filled slots, and ours."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lego.ops.decode_attention import decode_attention as reference
+from lego_kernels.ops.decode_attention import decode_attention, decode_attention_workspace
+from tests.oracle import DEVICES, FLOORS, assert_error_bounded
+
+
+class Case(NamedTuple):
+    B: int  # rows
+    kv_len: int  # filled slots, of twice as many
+    Hq: int  # query heads
+    Hkv: int  # key and value heads
+    E: int  # head width
+    dtype: str
+
+
+CASES = [
+    Case(1, 32, 4, 4, 16, "float32"),  # the seed
+    Case(1, 512, 12, 12, 64, "float32"),  # GPT-2
+    Case(1, 2048, 32, 8, 64, "bfloat16"),  # Llama-3.2-1B
+]
+MORE_CASES = [
+    Case(1, 128, 4, 4, 16, "float32"),
+    Case(1, 128, 4, 4, 16, "bfloat16"),
+    Case(1, 512, 9, 3, 64, "bfloat16"),  # SmolLM2-135M
+    Case(1, 512, 12, 12, 64, "bfloat16"),
+    Case(1, 512, 32, 8, 64, "float32"),
+    Case(1, 512, 32, 8, 64, "bfloat16"),
+    Case(1, 2048, 32, 8, 64, "float32"),
+    Case(8, 512, 32, 8, 64, "bfloat16"),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_decode_attention(case, device, compare):
+    B, filled, Hq, Hkv, E, _ = case
+    dtype, scale = getattr(torch, case.dtype), E**-0.5
+    q = torch.randn(B, 1, Hq, E, device=device, dtype=dtype)
+    k, v = torch.randn(2, B, 2 * filled, Hkv, E, device=device, dtype=dtype)
+    kv_len = torch.full((B,), filled, device=device)
+    out = torch.empty_like(q)
+    workspace = decode_attention_workspace(q, k) if device == "cuda" else None
+    compiled = torch.compile(reference, dynamic=False)
+
+    def sdpa():
+        return F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k[:, :filled].transpose(1, 2),
+            v[:, :filled].transpose(1, 2),
+            scale=scale,
+            enable_gqa=Hq != Hkv,
+        )
+
+    def ours():
+        return decode_attention(q, k, v, kv_len, scale=scale, out=out, workspace=workspace)
+
+    exact = reference(q.double(), k.double(), v.double(), kv_len, scale=scale)
+    eager = reference(q, k, v, kv_len, scale=scale)
+    assert_error_bounded(ours(), eager, exact, floor=FLOORS[dtype])
+    compare(
+        {
+            "eager": lambda: reference(q, k, v, kv_len, scale=scale),
+            "compile": lambda: compiled(q, k, v, kv_len, scale=scale),
+            "sdpa": sdpa,
+            "ours": ours,
+        },
+        device=device,
+        moved_bytes=k.nbytes + q.nbytes + out.nbytes,  # half of the slots, of k and of v
+    )

@@ -1,0 +1,242 @@
+#ifdef LEGO_ISA_PASS
+
+constexpr int64_t kTileSlots = 128;  // their weights, 8 KiB at most, stay in the first-level cache
+constexpr int64_t kMaxHeads = 16;    // that share one pass over the keys and values
+constexpr int64_t kMaxWidth = 256;   // output columns of one pass; wider heads take several
+
+// out[j] = lanes j and j ^ half of `low` where j has no bit `half`, of `high` where it has
+template <int half, size_t... lane>
+__attribute__((always_inline)) inline Vec fold(Vec low, Vec high, std::index_sequence<lane...>) {
+  const Vec left = __builtin_shufflevector(low, high, ((lane & ~half) + (lane & half ? kLanes : 0))...);
+  const Vec right = __builtin_shufflevector(low, high, ((lane | half) + (lane & half ? kLanes : 0))...);
+  return left + right;
+}
+
+// the sum of each of kLanes vectors, all in one, added in the order of sum()
+template <int half = kLanes / 2>
+__attribute__((always_inline)) inline Vec sums(Vec* x) {
+  for (int i = 0; i < half; ++i) x[i] = fold<half>(x[i], x[i + half], std::make_index_sequence<kLanes>());
+  if constexpr (half > 1) return sums<half / 2>(x);
+  return x[0];
+}
+
+// q . k[n] for kLanes slots; the lanes from `count` on repeat the last slot
+template <bool all_slots, class T>
+inline Vec dot_slots(const T* q, const T* k, int64_t k_stride, int64_t count, int64_t E) {
+  typedef Step<T> S;
+  Vec acc[kLanes] = {};
+  int64_t i = 0;
+  const auto add = [&](const auto& read) __attribute__((always_inline)) {
+    const typename S::Values query = read(q);
+    const T* key = k;
+    for (int n = 0; n < kLanes; ++n) {
+      acc[n] = S::add(acc[n], query, read(key));
+      if (all_slots || n + 1 < count) key += k_stride;
+    }
+  };
+  for (; i + S::kWidth <= E; i += S::kWidth) {
+    add([&](const T* from) __attribute__((always_inline)) { return S::read(from + i); });
+  }
+  if (i < E) {
+    add([&](const T* from) __attribute__((always_inline)) { return S::read_first(from + i, E - i); });
+  }
+  return sums(acc);
+}
+
+// score[h * kTileSlots + s] = q[h] . k[s] * scale, and -inf from s = count to the end of the vector
+template <class T>
+inline void score_tile(const T* q, int64_t q_stride, int64_t num_heads, const T* k, int64_t k_stride,
+                       int64_t count, int64_t E, float scale, float* score) {
+  for (int64_t s = 0; s < count; s += kLanes) {
+    for (int64_t h = 0; h < num_heads; ++h) {
+      float* to = score + h * kTileSlots + s;
+      const T *query = q + h * q_stride, *key = k + s * k_stride;
+      if (s + kLanes <= count) {
+        store(to, dot_slots<true>(query, key, k_stride, kLanes, E) * scale);
+      } else {
+        store(to, dot_slots<false>(query, key, k_stride, count - s, E) * scale);
+        for (int64_t n = count - s; n < kLanes; ++n) to[n] = -__builtin_inff();
+      }
+    }
+  }
+}
+
+// The softmax of one head so far: the largest score, and the sum of the weights exp(score - most).
+struct Softmax {
+  float most = -__builtin_inff(), total = 0;
+
+  // Turns the scores of a tile into weights; returns what the weights before it shrink by.
+  float add_tile(float* score, int64_t count) {
+    Vec highest = splat(most);
+    for (int64_t s = 0; s < count; s += kLanes) highest = max(load(score + s), highest);
+    const float before = most;
+    most = largest(highest);
+    // where every score is -inf, -inf - -inf would be NaN: weights of 0 are right
+    const float base = most == -__builtin_inff() ? 0 : most;
+    Vec weights = {};
+    for (int64_t s = 0; s < count; s += kLanes) {
+      const Vec weight = exp(load(score + s) - base);
+      store(score + s, weight);
+      weights += weight;
+    }
+    const float shrink = exp(splat(before - base))[0];
+    total = total * shrink + sum(weights);
+    return shrink;
+  }
+};
+
+// acc[r] = acc[r] * shrink[r] + weight[r] . values, for R heads and N vectors of columns
+template <int R, int N, class Read>
+__attribute__((always_inline)) inline void add_columns(const float* weight, const float* shrink,
+                                                       int64_t count, float* acc, const Read& read) {
+  Vec sums[R][N];
+  for (int r = 0; r < R; ++r) {
+    for (int n = 0; n < N; ++n) sums[r][n] = load(acc + r * kMaxWidth + n * kLanes) * shrink[r];
+  }
+  for (int64_t s = 0; s < count; ++s) {
+    for (int n = 0; n < N; ++n) {
+      const Vec value = read(s, n);
+      for (int r = 0; r < R; ++r) sums[r][n] += weight[r * kTileSlots + s] * value;
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int n = 0; n < N; ++n) store(acc + r * kMaxWidth + n * kLanes, sums[r][n]);
+  }
+}
+
+template <int R, class T>
+inline void add_values(const float* weight, const float* shrink, const T* v, int64_t v_stride, int64_t count,
+                       int64_t width, float* acc) {
+  // as many sums at once as hide the latency of one and fit in the registers
+  constexpr int N = kLanes == 16 || R <= 2 ? 4 : 2;
+  int64_t c = 0;
+  const auto whole = [&](int64_t s, int n) __attribute__((always_inline)) {
+    const T* from = v + s * v_stride + c;
+    return load(from + n * kLanes);
+  };
+  for (; c + N * kLanes <= width; c += N * kLanes) {
+    add_columns<R, N>(weight, shrink, count, acc + c, whole);
+  }
+  for (; c + kLanes <= width; c += kLanes) add_columns<R, 1>(weight, shrink, count, acc + c, whole);
+  if (c < width) {
+    add_columns<R, 1>(weight, shrink, count, acc + c, [&](int64_t s, int) __attribute__((always_inline)) {
+      return load_first(v + s * v_stride + c, width - c);
+    });
+  }
+}
+
+// Columns [0, width) of the attention of num_heads <= kMaxHeads query heads over `num_slots` slots of
+// the key and value head that they share. Tiles come in one order, so that the bits of a head depend
+// on its own query, keys and values alone.
+template <class T>
+void attend(const T* q, int64_t q_stride, int64_t num_heads, const T* k, int64_t k_stride, const T* v,
+            int64_t v_stride, int64_t num_slots, int64_t E, int64_t width, float scale, T* out,
+            int64_t out_stride) {
+  float score[kMaxHeads * kTileSlots], acc[kMaxHeads * kMaxWidth], shrink[kMaxHeads];
+  Softmax softmax[kMaxHeads];
+  std::memset(acc, 0, num_heads * kMaxWidth * sizeof *acc);
+  for (int64_t s = 0; s < num_slots; s += kTileSlots) {
+    const int64_t count = num_slots - s < kTileSlots ? num_slots - s : kTileSlots;
+    score_tile(q, q_stride, num_heads, k + s * k_stride, k_stride, count, E, scale, score);
+    for (int64_t h = 0; h < num_heads; ++h) shrink[h] = softmax[h].add_tile(score + h * kTileSlots, count);
+    for (int64_t h = 0; h < num_heads; h += 4) {
+      const int64_t rest = num_heads - h;
+      const auto add = rest == 1   ? add_values<1, T>
+                       : rest == 2 ? add_values<2, T>
+                       : rest == 3 ? add_values<3, T>
+                                   : add_values<4, T>;
+      add(score + h * kTileSlots, shrink + h, v + s * v_stride, v_stride, count, width, acc + h * kMaxWidth);
+    }
+  }
+  for (int64_t h = 0; h < num_heads; ++h) {
+    // no slot seen, or -inf everywhere: zeros
+    const float share = softmax[h].total == 0 ? 0 : 1 / softmax[h].total;
+    const float* from = acc + h * kMaxWidth;
+    T* to = out + h * out_stride;
+    for_each_vec(
+        width, [&](int64_t c) { store(to + c, load(from + c) * share); },
+        [&](int64_t c, int64_t rest) { store_first(to + c, load(from + c) * share, rest); });
+  }
+}
+
+// As attend, for heads of any number and width.
+template <class T>
+void decode_attention(const T* q, int64_t q_stride, int64_t num_heads, const T* k, int64_t k_stride,
+                      const T* v, int64_t v_stride, int64_t num_slots, int64_t E, float scale, T* out,
+                      int64_t out_stride) {
+  for (int64_t h = 0; h < num_heads; h += kMaxHeads) {
+    const int64_t heads = num_heads - h < kMaxHeads ? num_heads - h : kMaxHeads;
+    for (int64_t c = 0; c < E; c += kMaxWidth) {
+      const int64_t width = E - c < kMaxWidth ? E - c : kMaxWidth;
+      attend(q + h * q_stride, q_stride, heads, k, k_stride, v + c, v_stride, num_slots, E, width, scale,
+             out + h * out_stride + c, out_stride);
+    }
+  }
+}
+
+#else
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "dtype.h"
+#define LEGO_OP_FILE "decode_attention.cpp"
+#include "for_each_isa.h"
+
+namespace {
+
+using torch::stable::Tensor;
+
+// Returns the longest length, after a look at each.
+int64_t check_lengths(const int64_t* kv_len, int64_t B, int64_t S) {
+  int64_t longest = 0;
+  for (int64_t b = 0; b < B; ++b) {
+    LEGO_CHECK_VALUE(0 <= kv_len[b] && kv_len[b] <= S, "decode_attention: kv_len must be in [0, "
+                                                           << S << "], got " << kv_len[b] << " in row " << b);
+    longest = std::max(longest, kv_len[b]);
+  }
+  return longest;
+}
+
+// q, out [B, T, Hq, E] and caches [B, S, Hkv, E] of one dtype, last strides 1; kv_len int64 [B].
+// Tiles on the stack do for all scratch: the workspace is that of the CUDA kernel.
+void decode_attention_cpu(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& kv_len,
+                          double scale, Tensor out, std::optional<Tensor>) {
+  const int64_t B = q.size(0), T = q.size(1), E = q.size(3), Hkv = k_cache.size(2);
+  const int64_t* lengths = static_cast<const int64_t*>(kv_len.data_ptr());
+  const int64_t longest = check_lengths(lengths, B, k_cache.size(1));
+  if (q.numel() == 0) return;
+  const int64_t group = q.size(2) / Hkv;
+  lego::with_dtype("decode_attention", q.scalar_type(), [&](auto type) {
+    using Value = decltype(type);
+    const auto kernel = LEGO_KERNEL(decode_attention<Value>);
+    // the first element of a head of a row's token or slot
+    const auto at = [](const Tensor& x, int64_t b, int64_t t, int64_t h) {
+      return static_cast<Value*>(x.data_ptr()) + b * x.stride(0) + t * x.stride(1) + h * x.stride(2);
+    };
+    // a thread reads 64 KiB of cache at least: some 6 us, which is what waking it costs
+    const int64_t head_bytes = 2 * std::max<int64_t>(1, longest) * E * sizeof(Value);
+    const int64_t grain = std::max<int64_t>(1, (64 << 10) / head_bytes);
+    torch::stable::parallel_for(0, B * Hkv * T, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t b = i / (Hkv * T), h = i / T % Hkv, t = i % T;
+        const int64_t num_slots = std::max<int64_t>(0, lengths[b] - T + t + 1);
+        kernel(at(q, b, t, h * group), q.stride(2), group, at(k_cache, b, 0, h), k_cache.stride(1),
+               at(v_cache, b, 0, h), v_cache.stride(1), num_slots, E, static_cast<float>(scale),
+               at(out, b, t, h * group), out.stride(2));
+      }
+    });
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lego_kernels, CPU, m) {
+  m.impl("decode_attention", TORCH_BOX(&decode_attention_cpu));
+}
+
+#endif

@@ -1,0 +1,105 @@
+#ifdef LEGO_ISA_PASS
+
+template <class T>
+inline Vec load_up_to(const T* from, int64_t count) {
+  return count == kLanes ? load(from) : load_first(from, count);
+}
+
+// The sum over a row of what add(sum, i, count) adds for its values [i, i + count), in an order that
+// depends on the width alone. Four sums, so that no addition waits for the one before it.
+template <class Add>
+inline float sum_over(int64_t size, const Add& add) {
+  Vec sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= size; i += 4 * kLanes) {
+    for (int n = 0; n < 4; ++n) add(sums[n], i + n * kLanes, kLanes);
+  }
+  for (; i + kLanes <= size; i += kLanes) add(sums[0], i, kLanes);
+  if (i < size) add(sums[0], i, size - i);
+  return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// sigmoid(norm(h) . weight + bias) of one row, without the norm if norm_weight is null. norm(h) is
+// not rounded to T: eager PyTorch, which has to, errs by 1e-3 in bfloat16, and this by 1e-7.
+template <class T>
+float exit_gate_score(const T* h, const T* weight, const T* norm_weight, float eps, float bias, int64_t D) {
+  float z;
+  if (norm_weight == nullptr) {
+    z = sum_over(D, [&](Vec& sum, int64_t i, int64_t count) {
+      sum += load_up_to(h + i, count) * load_up_to(weight + i, count);
+    });
+  } else {
+    const float squares = sum_over(D, [&](Vec& sum, int64_t i, int64_t count) {
+      const Vec x = load_up_to(h + i, count);
+      sum += x * x;
+    });
+    const float scale = 1.0f / __builtin_sqrtf(squares / static_cast<float>(D) + eps);
+    z = sum_over(D, [&](Vec& sum, int64_t i, int64_t count) {
+      const Vec normed = load_up_to(h + i, count) * scale * load_up_to(norm_weight + i, count);
+      sum += normed * load_up_to(weight + i, count);
+    });
+  }
+  return 1.0f / (1.0f + exp(splat(-(z + bias)))[0]);
+}
+
+#else
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "dtype.h"
+#define LEGO_OP_FILE "exit_gate.cpp"
+#include "for_each_isa.h"
+
+namespace {
+
+using torch::stable::Tensor;
+
+float first_value(const Tensor& x) {
+  float value;
+  lego::with_dtype("exit_gate", x.scalar_type(), [&](auto type) {
+    value = lego::scalar::to_float(*static_cast<const decltype(type)*>(x.data_ptr()));
+  });
+  return value;
+}
+
+// h [B, D], gate_weight [D], norm_weight [D] of one dtype, gate_bias of that or float32, one value;
+// threshold float32 [] or [B], score float32 [B], exit bool [B]; last strides 1
+void exit_gate_cpu(const Tensor& h, const Tensor& gate_weight, const Tensor& gate_bias,
+                   const Tensor& threshold, std::optional<Tensor> norm_weight, double eps, Tensor score,
+                   Tensor exit) {
+  const int64_t B = h.size(0), D = h.size(1);
+  const auto* wanted = static_cast<const float*>(threshold.data_ptr());
+  const int64_t wanted_stride = threshold.dim();  // 0 for one that is the same for all rows
+  for (int64_t i = 0; i < threshold.numel(); ++i) {
+    LEGO_CHECK_VALUE(wanted[i] == wanted[i], "exit_gate: threshold must not be NaN, got nan");
+  }
+  const float bias = first_value(gate_bias);
+  auto* scores = static_cast<float*>(score.data_ptr());
+  auto* exits = static_cast<bool*>(exit.data_ptr());
+  lego::with_dtype("exit_gate", h.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    const auto kernel = LEGO_KERNEL(exit_gate_score<T>);
+    const auto* rows = static_cast<const T*>(h.data_ptr());
+    const auto* weight = static_cast<const T*>(gate_weight.data_ptr());
+    const auto* norm = norm_weight ? static_cast<const T*>(norm_weight->data_ptr()) : nullptr;
+    // a thread gets 32,768 values at least: some 5 us, which is what waking it costs
+    const int64_t grain = std::max<int64_t>(1, 32768 / D);
+    torch::stable::parallel_for(0, B, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        scores[row] = kernel(rows + row * h.stride(0), weight, norm, static_cast<float>(eps), bias, D);
+        exits[row] = scores[row] >= wanted[row * wanted_stride];
+      }
+    });
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lego_kernels, CPU, m) { m.impl("exit_gate", TORCH_BOX(&exit_gate_cpu)); }
+
+#endif

@@ -1,0 +1,158 @@
+#ifdef LEGO_ISA_PASS
+
+// what is left of x where it is kept as T
+template <class T>
+inline Vec rounded(Vec x) {
+  T values[kLanes];
+  store(values, x);
+  return load(values);
+}
+
+// 1 / sqrt(mean(x^2) + eps)
+template <class T>
+inline float inverse_rms(const T* x, int64_t size, float eps) {
+  Vec squares{};
+  for_each_vec(
+      size, [&](int64_t i) { squares += load(x + i) * load(x + i); },
+      [&](int64_t i, int64_t rest) {
+        const Vec last = load_first(x + i, rest);
+        squares += last * last;
+      });
+  return 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(size) + eps);
+}
+
+// The heads of one token, 2 * half values each: RMS-normalised if there is a norm, and rounded to T
+// as an RMSNorm of its own would; then component i of the first half is rotated with i of the second.
+template <class T>
+void rope_heads(const T* from, T* to, int64_t to_stride, int64_t num_heads, int64_t half, const float* cos,
+                const float* sin, const T* norm, float eps) {
+  for (int64_t h = 0; h < num_heads; ++h, from += 2 * half, to += to_stride) {
+    const float scale = norm == nullptr ? 1.0f : inverse_rms(from, 2 * half, eps);
+    const auto rotate = [&](int64_t i, const auto& read, const auto& write) {
+      const auto value = [&](int64_t j) {
+        return norm == nullptr ? read(from + j) : rounded<T>(read(from + j) * scale * read(norm + j));
+      };
+      const Vec first = value(i), second = value(half + i), c = read(cos + i), s = read(sin + i);
+      write(to + i, first * c - second * s);
+      write(to + half + i, second * c + first * s);
+    };
+    for_each_vec(
+        half,
+        [&](int64_t i) {
+          rotate(i, [](const auto* x) { return load(x); }, [](T* x, Vec value) { store(x, value); });
+        },
+        [&](int64_t i, int64_t rest) {
+          rotate(
+              i, [&](const auto* x) { return load_first(x, rest); },
+              [&](T* x, Vec value) { store_first(x, value, rest); });
+        });
+  }
+}
+
+#else
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "dtype.h"
+#define LEGO_OP_FILE "rope_kv_append.cpp"
+#include "for_each_isa.h"
+
+namespace {
+
+using torch::stable::Tensor;
+
+// A [B, T or S, H, E] tensor, or packed QKV [B, T, H * E]; strides in elements.
+template <class T>
+struct Heads {
+  T* data;
+  int64_t row, token, head;
+
+  Heads(const Tensor& x, int64_t E)
+      : data(static_cast<T*>(x.data_ptr())),
+        row(x.stride(0)),
+        token(x.stride(1)),
+        head(x.dim() == 4 ? x.stride(2) : E) {}
+
+  T* at(int64_t b, int64_t t) const { return data + b * row + t * token; }
+};
+
+// An int64 [B] tensor of any stride.
+struct Numbers {
+  const int64_t* data;
+  int64_t size, stride;
+
+  explicit Numbers(const Tensor& x)
+      : data(static_cast<const int64_t*>(x.data_ptr())), size(x.size(0)), stride(x.stride(0)) {}
+
+  int64_t operator[](int64_t b) const { return data[b * stride]; }
+};
+
+// Every row is checked before the first value is written.
+void check_rows(const Numbers& position, const Numbers& slot, int64_t last_position, int64_t last_slot) {
+  for (int64_t b = 0; b < position.size; ++b) {
+    LEGO_CHECK_VALUE(position[b] >= 0 && position[b] <= last_position,
+                     "rope_kv_append: position must be in [0, P - T = " << last_position << "], got "
+                                                                        << position[b] << " in row " << b);
+  }
+  for (int64_t b = 0; b < slot.size; ++b) {
+    LEGO_CHECK_VALUE(slot[b] <= last_slot, "rope_kv_append: slot must be at most S - T = "
+                                               << last_slot << ", got " << slot[b] << " in row " << b);
+  }
+}
+
+template <class T>
+void copy_heads(const T* from, T* to, int64_t to_stride, int64_t num_heads, int64_t E) {
+  if (to_stride == E) {
+    std::memcpy(to, from, num_heads * E * sizeof(T));
+    return;
+  }
+  for (int64_t h = 0; h < num_heads; ++h) std::memcpy(to + h * to_stride, from + h * E, E * sizeof(T));
+}
+
+// q_out [B, T, Hq, E], caches [B, S, Hkv, E], qkv [B, T, (Hq + 2 * Hkv) * E] and norms [E] of one
+// dtype; cos, sin float32 [P, E / 2]; position, slot int64 [B]. A negative slot appends nothing.
+void rope_kv_append_cpu(Tensor q_out, Tensor k_cache, Tensor v_cache, const Tensor& qkv, const Tensor& cos,
+                        const Tensor& sin, const Tensor& position, const Tensor& slot,
+                        std::optional<Tensor> q_norm, std::optional<Tensor> k_norm, double eps) {
+  const int64_t B = q_out.size(0), T = q_out.size(1), Hq = q_out.size(2), E = q_out.size(3);
+  const int64_t Hkv = k_cache.size(2);
+  const Numbers positions(position), slots(slot);
+  check_rows(positions, slots, cos.size(0) - T, k_cache.size(1) - T);
+  const auto* cos_data = static_cast<const float*>(cos.data_ptr());
+  const auto* sin_data = static_cast<const float*>(sin.data_ptr());
+  const int64_t cos_stride = cos.stride(0), sin_stride = sin.stride(0);
+  lego::with_dtype("rope_kv_append", q_out.scalar_type(), [&](auto type) {
+    using Value = decltype(type);
+    const auto rope = LEGO_KERNEL(rope_heads<Value>);
+    const Heads<Value> to_q(q_out, E), to_k(k_cache, E), to_v(v_cache, E), from(qkv, E);
+    const auto* q_weight = q_norm ? static_cast<const Value*>(q_norm->data_ptr()) : nullptr;
+    const auto* k_weight = k_norm ? static_cast<const Value*>(k_norm->data_ptr()) : nullptr;
+    // a thread gets 16,384 values at least: some 5 us, which is what waking it costs
+    const int64_t grain = std::max<int64_t>(1, 16384 / ((Hq + 2 * Hkv) * E));
+    torch::stable::parallel_for(0, B * T, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t b = i / T, t = i % T, place = slots[b] + t;
+        const float* c = cos_data + (positions[b] + t) * cos_stride;
+        const float* s = sin_data + (positions[b] + t) * sin_stride;
+        const auto* q = from.at(b, t);
+        const auto *k = q + Hq * E, *v = k + Hkv * E;
+        const auto epsilon = static_cast<float>(eps);
+        rope(q, to_q.at(b, t), to_q.head, Hq, E / 2, c, s, q_weight, epsilon);
+        if (slots[b] < 0) continue;
+        rope(k, to_k.at(b, place), to_k.head, Hkv, E / 2, c, s, k_weight, epsilon);
+        copy_heads(v, to_v.at(b, place), to_v.head, Hkv, E);
+      }
+    });
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lego_kernels, CPU, m) { m.impl("rope_kv_append", TORCH_BOX(&rope_kv_append_cpu)); }
+
+#endif
