@@ -28,7 +28,7 @@ LAYERS = {
         ("cli",),
     ),
     "lego_kernels": (
-        ("library", "validation", "gumbel"),
+        ("library", "validation", "gumbel", "exit_tiles"),
         ("triton",),
         ("ops",),
         ("layers",),

@@ -34,8 +34,8 @@ def rope_kv_append(
     slot_B[b] + t; a row whose slot is negative appends nothing, but gets its queries. Position and
     slot are int64 and differ where a cache has holes. With norms, both or neither, each query and
     key head is RMS-normalised first. Without key/value heads (K = 0) queries alone are rotated, for
-    layers that are given their keys and values. q_out, caches, qkv and norms are float32, bfloat16, float16
-    or float64, alike; q_out and the caches overlap neither each other nor another argument.
+    layers that are given their keys and values. q_out, caches, qkv and norms are float32, bfloat16,
+    float16 or float64, alike; q_out and the caches overlap neither each other nor another argument.
     Raises: ValueError, before anything is written, if a shape, dtype, device or stride is not as
         above, if a position is not in [0, P - T], or if a slot is above S - T.
     """

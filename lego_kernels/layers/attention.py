@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(head_dim, eps)
 
     @classmethod
-    def from_stock(cls, stock: nn.Module) -> Attention:
+    def from_stock(cls, stock: Any) -> Attention:
         """Share the weights of an attention layer with the same attributes, as lego's is."""
         with torch.device("meta"):
             attention = cls(
@@ -78,11 +79,12 @@ class Attention(nn.Module):
         packed = self.in_proj(x)
         if not self.own_kv:
             return self.o_proj(attend(self._rotated(packed, angles, "q_norm"), None).flatten(2))
-        in_place = isinstance(attend, CachedAttend)
-        cached = attend if in_place else empty_attend(self.num_kv_heads, self.head_dim, like=x)
-        q = self._rotated(packed, angles, "q_norm", cached)
-        kv = None if in_place else (cached.k_cache, cached.v_cache)
-        return self.o_proj(attend(q, kv).flatten(2))
+        if isinstance(attend, CachedAttend):
+            q = self._rotated(packed, angles, "q_norm", attend)
+            return self.o_proj(attend(q, None).flatten(2))
+        fresh = empty_attend(self.num_kv_heads, self.head_dim, like=x)
+        q = self._rotated(packed, angles, "q_norm", fresh)
+        return self.o_proj(attend(q, (fresh.k_cache, fresh.v_cache)).flatten(2))
 
     def project_kv(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
         """The keys and values of x alone, each [B, T, Hkv, E]; only with own_kv."""

@@ -26,7 +26,7 @@ class ExitHead(nn.Module):
         self._num_rows = 0  # that the workspace is enough for
 
     @classmethod
-    def from_stock(cls, norm: nn.Module, head: nn.Linear) -> ExitHead:
+    def from_stock(cls, norm: Any, head: nn.Linear) -> ExitHead:
         """Share the weights of a norm and of a head, such as a model's exit_norm and head.
 
         Raises: ValueError if the head has a bias.

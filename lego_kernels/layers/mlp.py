@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +21,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(hidden_dim, dim, bias=False)
 
     @classmethod
-    def from_stock(cls, stock: nn.Module) -> MLP:
+    def from_stock(cls, stock: Any) -> MLP:
         """Share the weights of an MLP with linear layers of the same names."""
         with torch.device("meta"):
             mlp = cls(stock.gate_up_proj.in_features, stock.down_proj.in_features)

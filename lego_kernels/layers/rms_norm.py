@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     @classmethod
-    def from_stock(cls, stock: nn.Module) -> RMSNorm:
+    def from_stock(cls, stock: Any) -> RMSNorm:
         """Share the weight of a torch.nn.RMSNorm, or of any norm with `weight` [dim] and `eps`.
 
         Raises: ValueError if there is no such weight.

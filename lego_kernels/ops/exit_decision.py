@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lego_kernels.exit_tiles import PARTIALS, TILE
 from lego_kernels.gumbel import gumbel
 from lego_kernels.library import LIB, TRITON_PROBLEM, refuse_grad
 from lego_kernels.validation import check_dtype, check_rows, check_tensor
@@ -18,10 +19,6 @@ from lego_kernels.validation import check_dtype, check_rows, check_tensor
 Criterion = Literal["max_prob", "margin", "entropy"]
 CRITERIA = get_args(Criterion)
 
-# the vocabulary is cut into tiles of TILE rows whatever B is, so that a row's bits depend on that
-# row alone; of every tile and row, PARTIALS float32 values stay in the workspace
-TILE = 128
-PARTIALS = 8
 _OUT = (
     ("out.token", torch.int64),
     ("out.confidence", torch.float32),

@@ -68,5 +68,6 @@ def launch_exit_gate(
             threshold.dim(),  # 0 for one that is the same for all rows
             HAS_NORM=norm_weight is not None,
             BLOCK_D=triton.next_power_of_2(D),
-            num_warps=4 if D <= 2048 else 8,
+            num_warps=1 if D <= 512 else 4 if D <= 2048 else 8,
+            enable_fp_fusion=True,  # not the default from Triton 3.10 on
         )

@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+# another number of rows may not mean another compilation, in the middle of a capture
+@triton.jit(do_not_specialize=["size_1", "size_2"])
 def _rms_norm_kernel(
     x_ptr,
     weight_ptr,
@@ -34,6 +35,7 @@ def _rms_norm_kernel(
     kept = column < D
     x_row = x_ptr + i * x_stride_0 + j * x_stride_1 + k * x_stride_2
     x = tl.load(x_row + column, mask=kept, other=0.0)  # [BLOCK_D]
+    weight = tl.load(weight_ptr + column, mask=kept, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         residual_row = (
             residual_ptr + i * residual_stride_0 + j * residual_stride_1 + k * residual_stride_2
@@ -44,7 +46,6 @@ def _rms_norm_kernel(
         tl.store(residual_row + column, x, mask=kept)
     wide = x.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / D + eps)
-    weight = tl.load(weight_ptr + column, mask=kept, other=0.0).to(tl.float32)
     out_row = out_ptr + i * out_stride_0 + j * out_stride_1 + k * out_stride_2
     tl.store(out_row + column, (wide * scale * weight).to(x.dtype), mask=kept)
 
@@ -74,7 +75,8 @@ def launch_rms_norm(
             *_row_strides(out),
             HAS_RESIDUAL=residual is not None,
             BLOCK_D=triton.next_power_of_2(D),
-            num_warps=4 if D <= 2048 else 8,
+            num_warps=1 if D <= 512 else 4 if D <= 2048 else 8,
+            enable_fp_fusion=True,  # not the default from Triton 3.10 on
         )
 
 

@@ -53,6 +53,7 @@ def launch_swiglu(gate_up: Tensor, out: Tensor) -> None:
             *_row_strides(out),
             BLOCK_F=BLOCK_F,
             num_warps=4,
+            enable_fp_fusion=True,  # not the default from Triton 3.10 on
         )
 
 

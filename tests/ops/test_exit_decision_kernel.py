@@ -177,7 +177,9 @@ def test_offsets_beyond_int32(device):
         assert torch.equal(far_away, near)
 
 
-def test_threads_do_not_matter(device):
+def test_threads_do_not_matter(device, provider):
+    if provider == "triton":
+        pytest.skip("the interpreter has one thread, and takes 10 s for these tiles")
     h, head = inputs((3, 256, 9000), torch.float32, device)
     alone = exit_decision(h, head, threshold=0.3)
     before = torch.get_num_threads()
