@@ -15,8 +15,9 @@ CXX_FILES := $(shell find csrc -type f)
 demo: install
 	$(BIN)/lego run
 
+# a file stays in one process, since its fixtures compile things
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff format --check .
