@@ -7,9 +7,9 @@ _MASK = 0xFFFFFFFF
 
 
 def gumbel(seed: Tensor, offset: Tensor, vocab_size: int) -> Tensor:
-    """Contract of lego.ops.gumbel: float64 [B, vocab_size] for int64 seed and offset [B]."""
+    """Contract of lego.ops.gumbel: float64 [B, vocab_size] for int64 seed and offset [] or [B]."""
     quad = torch.arange((vocab_size + 3) // 4, device=seed.device)[None]
-    seed, offset = seed[:, None], offset[:, None]
+    seed, offset = seed.reshape(-1, 1), offset.reshape(-1, 1)
     counter = [quad, offset & _MASK, offset >> 32 & _MASK, torch.zeros_like(quad)]
     key = [seed & _MASK, seed >> 32 & _MASK]
     for _ in range(10):

@@ -146,5 +146,10 @@ def why_backend(op: str, device_type: str) -> str:
 
 def refuse_grad(op: str, *tensors: Tensor) -> None:
     """Raise RuntimeError in grad mode if an input requires grad: it would silently get none."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        raise RuntimeError(f"{op}: is inference only, so no input may require grad in grad mode")
+    if not torch.is_grad_enabled():
+        return
+    for tensor in tensors:
+        if tensor.requires_grad:
+            raise RuntimeError(
+                f"{op}: is inference only, so no input may require grad in grad mode"
+            )

@@ -41,20 +41,19 @@ def check_tensor(
 def check_rows(
     op: str, name: str, x: float | Tensor, num_rows: int, dtype: torch.dtype, *, like: Tensor
 ) -> Tensor:
-    """Return a number or a [] or [B] tensor as [B] (of stride 0 where it was one value).
+    """Return a number as a [] tensor, and a [] or [B] tensor as it is.
 
     Raises: ValueError if a tensor has another shape, dtype or device.
     """
     if not isinstance(x, Tensor):
-        return torch.full((), x, dtype=dtype, device=like.device).expand(num_rows)
-    shape = () if x.dim() == 0 else (num_rows,)
-    if x.shape != shape:
+        return torch.full((), x, dtype=dtype, device=like.device)
+    if x.dim() > 0 and x.shape != (num_rows,):
         raise ValueError(f"{op}: {name} must be a number or ({num_rows},), got {tuple(x.shape)}")
     if x.dtype != dtype or x.device != like.device:
         raise ValueError(
             f"{op}: {name} must be {dtype} on {like.device}, got {x.dtype} on {x.device}"
         )
-    return x if x.dim() else x.expand(num_rows)
+    return x
 
 
 def check_written(op: str, name: str, x: Tensor) -> None:

@@ -4,22 +4,6 @@ constexpr int64_t kTileSlots = 128;  // their weights, 8 KiB at most, stay in th
 constexpr int64_t kMaxHeads = 16;    // that share one pass over the keys and values
 constexpr int64_t kMaxWidth = 256;   // output columns of one pass; wider heads take several
 
-// out[j] = lanes j and j ^ half of `low` where j has no bit `half`, of `high` where it has
-template <int half, size_t... lane>
-__attribute__((always_inline)) inline Vec fold(Vec low, Vec high, std::index_sequence<lane...>) {
-  const Vec left = __builtin_shufflevector(low, high, ((lane & ~half) + (lane & half ? kLanes : 0))...);
-  const Vec right = __builtin_shufflevector(low, high, ((lane | half) + (lane & half ? kLanes : 0))...);
-  return left + right;
-}
-
-// the sum of each of kLanes vectors, all in one, added in the order of sum()
-template <int half = kLanes / 2>
-__attribute__((always_inline)) inline Vec sums(Vec* x) {
-  for (int i = 0; i < half; ++i) x[i] = fold<half>(x[i], x[i + half], std::make_index_sequence<kLanes>());
-  if constexpr (half > 1) return sums<half / 2>(x);
-  return x[0];
-}
-
 // q . k[n] for kLanes slots; the lanes from `count` on repeat the last slot
 template <bool all_slots, class T>
 inline Vec dot_slots(const T* q, const T* k, int64_t k_stride, int64_t count, int64_t E) {
@@ -40,7 +24,7 @@ inline Vec dot_slots(const T* q, const T* k, int64_t k_stride, int64_t count, in
   if (i < E) {
     add([&](const T* from) __attribute__((always_inline)) { return S::read_first(from + i, E - i); });
   }
-  return sums(acc);
+  return sum_each(acc);
 }
 
 // score[h * kTileSlots + s] = q[h] . k[s] * scale, and -inf from s = count to the end of the vector

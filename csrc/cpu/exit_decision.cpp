@@ -254,7 +254,7 @@ namespace lego {
 // are, the tiles are the same, and so are the bits of a row.
 constexpr int64_t kTile = 128;
 
-// a value of each row
+// a value of each row, or one for all
 template <class V>
 struct PerRow {
   const V* data = nullptr;
@@ -262,7 +262,7 @@ struct PerRow {
 
   PerRow() = default;
   explicit PerRow(const std::optional<torch::stable::Tensor>& x) {
-    if (x) data = static_cast<const V*>(x->data_ptr()), stride = x->stride(0);
+    if (x) data = static_cast<const V*>(x->data_ptr()), stride = x->dim() ? x->stride(0) : 0;
   }
   V operator[](int64_t row) const { return data[row * stride]; }
 };

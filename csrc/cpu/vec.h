@@ -113,7 +113,18 @@ inline void store(f16* to, Vec x) {
 template <class T>
 inline Vec load_first(const T* from, int64_t count) {
   T values[kLanes] = {};
+#if LEGO_LANES == 16
+  // not memcpy, whose call makes the registers around it go to memory
+  const auto mask = static_cast<__mmask16>((1u << count) - 1);
+  if constexpr (sizeof(T) == 4) {
+    _mm512_storeu_ps(values, _mm512_maskz_loadu_ps(mask, from));
+  } else {
+    const __m256i halves = _mm256_maskz_loadu_epi16(mask, from);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(values), halves);
+  }
+#else
   std::memcpy(values, from, count * sizeof(T));
+#endif
   return load(values);
 }
 
@@ -150,6 +161,22 @@ inline float sum(Vec x) {
 #endif
   const Quarter two = four + __builtin_shufflevector(four, four, 2, 3, 2, 3);
   return two[0] + two[1];
+}
+
+// out[j] = lanes j and j ^ half of `low` where j has no bit `half`, of `high` where it has
+template <int half, size_t... lane>
+__attribute__((always_inline)) inline Vec fold(Vec low, Vec high, std::index_sequence<lane...>) {
+  const Vec left = __builtin_shufflevector(low, high, ((lane & ~half) + (lane & half ? kLanes : 0))...);
+  const Vec right = __builtin_shufflevector(low, high, ((lane | half) + (lane & half ? kLanes : 0))...);
+  return left + right;
+}
+
+// the sum of each of kLanes vectors, all in one, added in the order of sum()
+template <int half = kLanes / 2>
+__attribute__((always_inline)) inline Vec sum_each(Vec* x) {
+  for (int i = 0; i < half; ++i) x[i] = fold<half>(x[i], x[i + half], std::make_index_sequence<kLanes>());
+  if constexpr (half > 1) return sum_each<half / 2>(x);
+  return x[0];
 }
 
 // lanes that are NaN do not count; -inf if all are

@@ -14,17 +14,12 @@ from torch import Tensor
 from lego_kernels.exit_tiles import PARTIALS, TILE
 from lego_kernels.gumbel import gumbel
 from lego_kernels.library import LIB, TRITON_PROBLEM, refuse_grad
-from lego_kernels.validation import check_dtype, check_rows, check_tensor
+from lego_kernels.validation import DTYPES, check_dtype, check_rows, check_tensor
 
 Criterion = Literal["max_prob", "margin", "entropy"]
 CRITERIA = get_args(Criterion)
 
-_OUT = (
-    ("out.token", torch.int64),
-    ("out.confidence", torch.float32),
-    ("out.lse", torch.float32),
-    ("out.exit", torch.bool),
-)
+_OUT_DTYPES = (torch.int64, torch.float32, torch.float32, torch.bool)
 
 
 class ExitDecision(NamedTuple):
@@ -67,7 +62,7 @@ def _exit_decision_torch(
     score = logits
     if temperature is not None:
         assert seed is not None and offset is not None
-        score = logits + temperature[:, None] * gumbel(seed, offset, vocab_size)
+        score = logits + temperature.reshape(-1, 1) * gumbel(seed, offset, vocab_size)
     token.copy_(score.argmax(dim=-1))
     confidence.copy_(_confidence(logits, criterion))
     lse.copy_(logits.logsumexp(dim=-1))
@@ -147,40 +142,39 @@ def exit_decision(
     allocated; they must not overlap the inputs. Raises: ValueError also if a last stride is not 1.
     RuntimeError if an input requires grad in grad mode.
     """
-    if h.dim() != 2 or head.dim() != 2 or head.size(0) == 0 or h.size(1) == 0:
+    if not isinstance(threshold, Tensor):
+        threshold = torch.full((), threshold, dtype=torch.float32, device=h.device)
+    usual = _is_usual(h, head, norm_weight, threshold, out, workspace)
+    if not usual:
+        _check_inputs(h, head, norm_weight)
+        check_rows("exit_decision", "threshold", threshold, h.size(0), torch.float32, like=h)
+    vocab_size = head.size(0) if vocab_size is None else vocab_size
+    if not 1 <= vocab_size <= head.size(0):
         raise ValueError(
-            f"exit_decision: h must be [B, D] and head [V, D], "
-            f"got {tuple(h.shape)} and {tuple(head.shape)}"
+            f"exit_decision: vocab_size must be in [1, {head.size(0)}], got {vocab_size}"
         )
-    (B, D), V = h.shape, head.size(0)
-    vocab_size = V if vocab_size is None else vocab_size
-    if not 1 <= vocab_size <= V:
-        raise ValueError(f"exit_decision: vocab_size must be in [1, {V}], got {vocab_size}")
     if criterion not in CRITERIA:
         raise ValueError(
             f"exit_decision: criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}"
         )
-    check_dtype("exit_decision", "h", h)
-    if not h.is_contiguous():
-        check_tensor("exit_decision", "h", h, (B, D), like=h)
-    check_tensor("exit_decision", "head", head, (V, D), like=h)
-    if norm_weight is not None:
-        check_tensor("exit_decision", "norm_weight", norm_weight, (D,), like=h)
     if not eps >= 0:
         raise ValueError(f"exit_decision: eps must be >= 0, got {eps}")
-    threshold = check_rows("exit_decision", "threshold", threshold, B, torch.float32, like=h)
-    noise: list[Tensor | None] = [None, None, None]
+    noise: tuple[Tensor | None, ...] = (None, None, None)
     if temperature is not None:
-        noise = [
+        B = h.size(0)
+        noise = (
             check_rows("exit_decision", "temperature", temperature, B, torch.float32, like=h),
             check_rows("exit_decision", "seed", seed, B, torch.int64, like=h),
             check_rows("exit_decision", "offset", offset, B, torch.int64, like=h),
-        ]
-    out = ExitDecision.empty(B, h.device) if out is None else out
-    _check_out(out, like=h)
+        )
+    if out is None:
+        out = ExitDecision.empty(h.size(0), h.device)
+    elif not usual:
+        _check_out(out, like=h)
     if workspace is None:
         workspace = exit_decision_workspace(h, head)
-    _check_workspace(workspace, B, D, V, like=h)
+    elif not usual:
+        _check_workspace(workspace, h, head)
     refuse_grad("exit_decision", h, head)
     _op(h, head, norm_weight, eps, threshold, criterion, vocab_size, *noise, *out, workspace)
     return out
@@ -188,25 +182,75 @@ def exit_decision(
 
 def exit_decision_workspace(h: Tensor, head: Tensor) -> Tensor:
     """Scratch for exit_decision on such tensors, or on any with fewer rows: float32 [size]."""
-    return torch.empty(_workspace_size(h.size(0), h.size(1), head.size(0)), device=h.device)
+    return torch.empty(_workspace_size(h, head), device=h.device)
 
 
-def _workspace_size(B: int, D: int, V: int) -> int:
+def _workspace_size(h: Tensor, head: Tensor) -> int:
     """PARTIALS values of each row and tile, and the normed row."""
-    return B * (-(-V // TILE) * PARTIALS + D)
+    return h.size(0) * (-(-head.size(0) // TILE) * PARTIALS + h.size(1))
+
+
+def _is_usual(
+    h: Tensor,
+    head: Tensor,
+    norm_weight: Tensor | None,
+    threshold: Tensor,
+    out: ExitDecision | None,
+    workspace: Tensor | None,
+) -> bool:
+    """Whether all checks would surely pass: one by one they are a tenth of the seed's call."""
+    if out is None or workspace is None or h.dim() != 2 or head.dim() != 2:
+        return False
+    (B, D), (V, width) = h.shape, head.shape
+    token, confidence, lse, exits = out
+    dtype, device, norm = h.dtype, h.device, norm_weight
+    return (
+        width == D > 0 < V
+        and dtype in DTYPES
+        and head.dtype == dtype
+        and (norm is None or (norm.shape == (D,) and norm.dtype == dtype and norm.device == device))
+        and (norm is None or norm.is_contiguous())
+        and threshold.shape in ((), (B,))
+        and threshold.dtype == confidence.dtype == lse.dtype == workspace.dtype == torch.float32
+        and token.dtype == torch.int64
+        and exits.dtype == torch.bool
+        and token.shape == confidence.shape == lse.shape == exits.shape == (B,)
+        and workspace.dim() == 1
+        and workspace.numel() >= _workspace_size(h, head)
+        and head.device == threshold.device == workspace.device == device
+        and token.device == confidence.device == lse.device == exits.device == device
+        and h.is_contiguous()
+        and head.is_contiguous()
+        and token.is_contiguous()
+        and confidence.is_contiguous()
+        and lse.is_contiguous()
+        and exits.is_contiguous()
+        and workspace.is_contiguous()
+    )
+
+
+def _check_inputs(h: Tensor, head: Tensor, norm_weight: Tensor | None) -> None:
+    if h.dim() != 2 or head.dim() != 2 or head.size(0) == 0 or h.size(1) == 0:
+        raise ValueError(
+            f"exit_decision: h must be [B, D] and head [V, D], "
+            f"got {tuple(h.shape)} and {tuple(head.shape)}"
+        )
+    (B, D), V = h.shape, head.size(0)
+    check_dtype("exit_decision", "h", h)
+    check_tensor("exit_decision", "h", h, (B, D), like=h)
+    check_tensor("exit_decision", "head", head, (V, D), like=h)
+    if norm_weight is not None:
+        check_tensor("exit_decision", "norm_weight", norm_weight, (D,), like=h)
 
 
 def _check_out(out: ExitDecision, *, like: Tensor) -> None:
-    shape, device = like.shape[:1], like.device
-    for (name, dtype), x in zip(_OUT, out, strict=True):
-        # a call costs as much as what it asks, and at the seed's head the checks a third of the op
-        if x.shape != shape or x.dtype != dtype or x.device != device or not x.is_contiguous():
-            check_tensor("exit_decision", name, x, shape, like=like, dtype=dtype)
+    for name, x, dtype in zip(ExitDecision._fields, out, _OUT_DTYPES, strict=True):
+        check_tensor("exit_decision", f"out.{name}", x, like.shape[:1], like=like, dtype=dtype)
 
 
-def _check_workspace(workspace: Tensor, B: int, D: int, V: int, *, like: Tensor) -> None:
-    size, needed = workspace.numel(), _workspace_size(B, D, V)
-    check_tensor("exit_decision", "workspace", workspace, (size,), like=like, dtype=torch.float32)
+def _check_workspace(workspace: Tensor, h: Tensor, head: Tensor) -> None:
+    size, needed = workspace.numel(), _workspace_size(h, head)
+    check_tensor("exit_decision", "workspace", workspace, (size,), like=h, dtype=torch.float32)
     if size < needed:
         raise ValueError(
             f"exit_decision: workspace must have at least {needed} elements, got {size}"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lego_kernels.library import LIB, refuse_grad
+from lego_kernels.validation import check_tensor, check_written
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -65,28 +66,17 @@ def _validate(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, position: 
     for name, x in (("k", k), ("k_cache", k_cache)):
         if x.dim() != 4:
             raise ValueError(f"kv_append: {name} must have 4 dimensions, got {tuple(x.shape)}")
-    B, T, H, D = k.shape
-    S = k_cache.size(1)
-    cache_shape = (B, S, H, D)
-    for name, x, shape, dtype in (
-        ("k", k, k.shape, k.dtype),
-        ("v", v, k.shape, k.dtype),
-        ("k_cache", k_cache, cache_shape, k.dtype),
-        ("v_cache", v_cache, cache_shape, k.dtype),
-        ("position", position, (B,), torch.int64),
-    ):
-        if x.shape != shape:
-            raise ValueError(f"kv_append: {name} must be {tuple(shape)}, got {tuple(x.shape)}")
-        if x.dtype != dtype:
-            raise ValueError(f"kv_append: {name} must be {dtype}, got {x.dtype}")
-        if x.device != k.device:
-            raise ValueError(f"kv_append: {name} must be on {k.device} like k, got {x.device}")
-        if x.dim() == 4 and x.stride(3) != 1:
-            raise ValueError(f"kv_append: {name} must have last stride 1, got {x.stride()}")
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if 0 in cache.stride():
-            raise ValueError(f"kv_append: {name} must have no zero stride, got {cache.stride()}")
-    if T > S:
-        raise ValueError(f"kv_append: k must have at most S = {S} tokens, got {T}")
+    (B, T, H, D), S = k.shape, k_cache.size(1)
     if k.dtype not in DTYPES:
         raise ValueError(f"kv_append: k must have one of the dtypes {DTYPES}, got {k.dtype}")
+    check_tensor("kv_append", "k", k, k.shape, like=k)
+    check_tensor("kv_append", "v", v, k.shape, like=k)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        check_tensor("kv_append", name, cache, (B, S, H, D), like=k)
+        check_written("kv_append", name, cache)
+    # its stride is free: one number is read at a time
+    check_tensor("kv_append", "position", position[:1], (min(B, 1),), like=k, dtype=torch.int64)
+    if position.shape != (B,):
+        raise ValueError(f"kv_append: position must be {(B,)}, got {tuple(position.shape)}")
+    if T > S:
+        raise ValueError(f"kv_append: k must have at most S = {S} tokens, got {T}")

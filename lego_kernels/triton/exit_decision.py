@@ -275,7 +275,7 @@ def launch_exit_decision(
     form = form or ("gemv" if h.dtype == torch.float32 else "dot")
     use_dot, rows = FORMS[form]
     noise = (temperature, seed, offset)
-    noise_strides = [0 if x is None else x.stride(0) for x in noise]
+    noise_strides = [_row_stride(x) for x in noise]
     sizes = (B, D, vocab_size, num_tiles, eps, h.stride(0), head.stride(0))
     # Triton launches on the current device, which need not be the tensor's
     with torch.cuda.device_of(h):
@@ -291,9 +291,14 @@ def launch_exit_decision(
         )
         _exit_decision_merge_kernel[(B,)](
             *(workspace, threshold, token, confidence, lse, exit),
-            *(B, num_tiles, threshold.stride(0), math.log(max(vocab_size, 2))),
+            *(B, num_tiles, _row_stride(threshold), math.log(max(vocab_size, 2))),
             CRITERION=criterion,
             SAMPLED=temperature is not None,
             BLOCK_T=triton.next_power_of_2(num_tiles),
             num_warps=4,
         )
+
+
+def _row_stride(x: Tensor | None) -> int:
+    """The stride of a [B] tensor, 0 for one value for all rows."""
+    return 0 if x is None or x.dim() == 0 else x.stride(0)

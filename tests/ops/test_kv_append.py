@@ -179,9 +179,7 @@ BROKEN = {
     r"position must be \(2,\), got \(3,\)": broken(position=torch.zeros(3).long()),
     r"position must be torch.int64, got torch.int32": broken(position=torch.zeros(2).int()),
     r"v must be torch.float32, got torch.float16": broken(v=torch.zeros(2, 1, 2, 8).half()),
-    r"k_cache must be on cpu like k, got meta": broken(
-        k_cache=torch.zeros(2, 4, 2, 8, device="meta")
-    ),
+    r"k_cache must be on cpu.*, got meta": broken(k_cache=torch.zeros(2, 4, 2, 8, device="meta")),
     r"v_cache must have no zero stride": broken(v_cache=torch.zeros(4, 2, 8).expand(2, 4, 2, 8)),
     r"k must have at most S = 4 tokens, got 5": broken(
         k=torch.zeros(2, 5, 2, 8), v=torch.zeros(2, 5, 2, 8)
