@@ -19,7 +19,7 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,6 +93,18 @@ TRITON_PROBLEM = _triton_problem()  # "" where lego_kernels.triton serves CUDA t
 NOT_LOADED = _load_native()  # by dispatch key: why its native library is absent, "" if loaded
 if not NOT_LOADED["CPU"]:
     torch.ops.lego_kernels.cpu_isa(os.environ.get("LEGO_CPU_ISA", "best"))
+
+
+def define_op(schema: str, plain_torch: Callable[..., None]) -> Any:
+    """Define an op that writes to its arguments and returns nothing; return its overload.
+
+    plain_torch serves each device that no kernel is added for. The fake has nothing to make.
+    """
+    name = schema.partition("(")[0]
+    LIB.define(schema)
+    LIB.impl(name, plain_torch, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lego_kernels::{name}", lambda *arguments: None, lib=LIB)
+    return getattr(torch.ops.lego_kernels, name).default
 
 
 def cpu_isa() -> str:

@@ -6,7 +6,7 @@ Native: csrc/cpu/compact.cpp, csrc/cuda/compact.cu. Shape letter: B rows.
 import torch
 from torch import Tensor
 
-from lego_kernels.library import LIB
+from lego_kernels.library import define_op
 from lego_kernels.validation import check_tensor
 
 
@@ -22,14 +22,10 @@ def _compact_torch(exit: Tensor, alive: Tensor, index: Tensor, count: Tensor) ->
 # 2. Launcher: in C++
 
 
-# 3. Registration: schema, torch kernel, fake; the native libraries add theirs
-def _compact_fake(exit: Tensor, alive: Tensor, index: Tensor, count: Tensor) -> None: ...
-
-
-LIB.define("compact(Tensor exit, Tensor alive, Tensor(a!) index, Tensor(b!) count) -> ()")
-LIB.impl("compact", _compact_torch, "CompositeExplicitAutograd")
-torch.library.register_fake("lego_kernels::compact", _compact_fake, lib=LIB)
-_op = torch.ops.lego_kernels.compact.default
+# 3. Registration: schema, plain torch; the native libraries add theirs
+_op = define_op(
+    "compact(Tensor exit, Tensor alive, Tensor(a!) index, Tensor(b!) count) -> ()", _compact_torch
+)
 
 
 # 4. Public wrapper: validate, then dispatch

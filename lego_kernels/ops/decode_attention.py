@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lego_kernels.library import LIB, TRITON_PROBLEM, refuse_grad
+from lego_kernels.library import LIB, TRITON_PROBLEM, define_op, refuse_grad
 from lego_kernels.validation import DTYPES, check_dtype, check_tensor, check_written
 
 # slots that one GPU program takes at least: writing and merging what fewer of them give would cost
@@ -62,29 +62,16 @@ def _check_lengths(kv_len: Tensor, S: int) -> None:
 # 2. Launcher: in C++, or in lego_kernels/triton/decode_attention.py
 
 
-# 3. Registration: schema, torch kernel, fake, Triton; the native library adds its own
-def _decode_attention_fake(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    kv_len: Tensor,
-    scale: float,
-    out: Tensor,
-    workspace: Tensor | None,
-) -> None: ...
-
-
-LIB.define(
+# 3. Registration: schema, plain torch, Triton; the native library adds its own
+_op = define_op(
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor kv_len, float scale, "
-    "Tensor(a!) out, Tensor(b!)? workspace) -> ()"
+    "Tensor(a!) out, Tensor(b!)? workspace) -> ()",
+    _decode_attention_torch,
 )
-LIB.impl("decode_attention", _decode_attention_torch, "CompositeExplicitAutograd")
-torch.library.register_fake("lego_kernels::decode_attention", _decode_attention_fake, lib=LIB)
 if not TRITON_PROBLEM:
     from lego_kernels.triton.decode_attention import launch_decode_attention
 
     LIB.impl("decode_attention", launch_decode_attention, "CUDA")
-_op = torch.ops.lego_kernels.decode_attention.default
 
 
 # 4. Public wrapper: validate, then dispatch

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lego_kernels.exit_tiles import PARTIALS, TILE
 from lego_kernels.gumbel import gumbel
-from lego_kernels.library import LIB, TRITON_PROBLEM, refuse_grad
+from lego_kernels.library import LIB, TRITON_PROBLEM, define_op, refuse_grad
 from lego_kernels.validation import DTYPES, check_dtype, check_rows, check_tensor
 
 Criterion = Literal["max_prob", "margin", "entropy"]
@@ -97,23 +97,18 @@ def _confidence(logits: Tensor, criterion: str) -> Tensor:
 # 2. Launcher: in C++, or in lego_kernels/triton/exit_decision.py
 
 
-# 3. Registration: schema, torch kernel, fake, Triton; the native library adds its own
-def _exit_decision_fake(*arguments: object) -> None: ...
-
-
-LIB.define(
+# 3. Registration: schema, plain torch, Triton; the native library adds its own
+_op = define_op(
     "exit_decision(Tensor h, Tensor head, Tensor? norm_weight, float eps, Tensor threshold, "
     "str criterion, int vocab_size, Tensor? temperature, Tensor? seed, Tensor? offset, "
     "Tensor(a!) token, Tensor(b!) confidence, Tensor(c!) lse, Tensor(d!) exit, "
-    "Tensor(e!) workspace) -> ()"
+    "Tensor(e!) workspace) -> ()",
+    _exit_decision_torch,
 )
-LIB.impl("exit_decision", _exit_decision_torch, "CompositeExplicitAutograd")
-torch.library.register_fake("lego_kernels::exit_decision", _exit_decision_fake, lib=LIB)
 if not TRITON_PROBLEM:
     from lego_kernels.triton.exit_decision import launch_exit_decision
 
     LIB.impl("exit_decision", launch_exit_decision, "CUDA")
-_op = torch.ops.lego_kernels.exit_decision.default
 
 
 # 4. Public wrapper: validate, then dispatch

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lego_kernels.library import LIB, TRITON_PROBLEM, refuse_grad
+from lego_kernels.library import LIB, TRITON_PROBLEM, define_op, refuse_grad
 from lego_kernels.validation import check_dtype, check_tensor
 
 
@@ -38,30 +38,16 @@ def _exit_gate_torch(
 # 2. Launcher: in C++, or in lego_kernels/triton/exit_gate.py
 
 
-# 3. Registration: schema, torch kernel, fake, Triton; the native library adds its own
-def _exit_gate_fake(
-    h: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
-    threshold: Tensor,
-    norm_weight: Tensor | None,
-    eps: float,
-    score: Tensor,
-    exit: Tensor,
-) -> None: ...
-
-
-LIB.define(
+# 3. Registration: schema, plain torch, Triton; the native library adds its own
+_op = define_op(
     "exit_gate(Tensor h, Tensor gate_weight, Tensor gate_bias, Tensor threshold, "
-    "Tensor? norm_weight, float eps, Tensor(a!) score, Tensor(b!) exit) -> ()"
+    "Tensor? norm_weight, float eps, Tensor(a!) score, Tensor(b!) exit) -> ()",
+    _exit_gate_torch,
 )
-LIB.impl("exit_gate", _exit_gate_torch, "CompositeExplicitAutograd")
-torch.library.register_fake("lego_kernels::exit_gate", _exit_gate_fake, lib=LIB)
 if not TRITON_PROBLEM:
     from lego_kernels.triton.exit_gate import launch_exit_gate
 
     LIB.impl("exit_gate", launch_exit_gate, "CUDA")
-_op = torch.ops.lego_kernels.exit_gate.default
 
 
 # 4. Public wrapper: validate, then dispatch

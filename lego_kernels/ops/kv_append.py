@@ -7,7 +7,7 @@ S cache slots, H key-value heads, D head width.
 import torch
 from torch import Tensor
 
-from lego_kernels.library import LIB, refuse_grad
+from lego_kernels.library import define_op, refuse_grad
 from lego_kernels.validation import check_tensor, check_written
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -35,18 +35,11 @@ def _kv_append_torch(
 # 2. Launcher: in C++, since there is nothing to allocate
 
 
-# 3. Registration: schema, torch kernel, fake; the native libraries add theirs
-def _kv_append_fake(
-    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, position: Tensor
-) -> None: ...
-
-
-LIB.define(
-    "kv_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor position) -> ()"
+# 3. Registration: schema, plain torch; the native libraries add theirs
+_op = define_op(
+    "kv_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor position) -> ()",
+    _kv_append_torch,
 )
-LIB.impl("kv_append", _kv_append_torch, "CompositeExplicitAutograd")
-torch.library.register_fake("lego_kernels::kv_append", _kv_append_fake, lib=LIB)
-_op = torch.ops.lego_kernels.kv_append.default
 
 
 # 4. Public wrapper: validate, then dispatch

@@ -6,7 +6,7 @@ Native: csrc/cpu/linear_small.cpp. Shape letters: B rows, N output features, D i
 import torch
 from torch import Tensor
 
-from lego_kernels.library import LIB, refuse_grad
+from lego_kernels.library import define_op, refuse_grad
 from lego_kernels.validation import DTYPES, check_dtype, check_tensor, check_written
 
 MAX_ROWS = 16
@@ -20,14 +20,8 @@ def _linear_small_torch(x: Tensor, w: Tensor, y: Tensor) -> None:
 # 2. Launcher: in C++, since there is nothing to allocate
 
 
-# 3. Registration: schema, torch kernel, fake; the native library adds its own
-def _linear_small_fake(x: Tensor, w: Tensor, y: Tensor) -> None: ...
-
-
-LIB.define("linear_small(Tensor x, Tensor w, Tensor(a!) y) -> ()")
-LIB.impl("linear_small", _linear_small_torch, "CompositeExplicitAutograd")
-torch.library.register_fake("lego_kernels::linear_small", _linear_small_fake, lib=LIB)
-_op = torch.ops.lego_kernels.linear_small.default
+# 3. Registration: schema, plain torch; the native library adds its own
+_op = define_op("linear_small(Tensor x, Tensor w, Tensor(a!) y) -> ()", _linear_small_torch)
 
 
 # 4. Public wrapper: validate, then dispatch

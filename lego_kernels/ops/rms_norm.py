@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lego_kernels.library import LIB, TRITON_PROBLEM, refuse_grad
+from lego_kernels.library import LIB, TRITON_PROBLEM, define_op, refuse_grad
 from lego_kernels.validation import check_dtype, check_tensor, check_written
 
 
@@ -24,22 +24,15 @@ def _rms_norm_torch(
 # 2. Launcher: in C++, or in lego_kernels/triton/rms_norm.py
 
 
-# 3. Registration: schema, torch kernel, fake, Triton; the native library adds its own
-def _rms_norm_fake(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, out: Tensor
-) -> None: ...
-
-
-LIB.define(
-    "rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!)? residual, Tensor(b!) out) -> ()"
+# 3. Registration: schema, plain torch, Triton; the native library adds its own
+_op = define_op(
+    "rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!)? residual, Tensor(b!) out) -> ()",
+    _rms_norm_torch,
 )
-LIB.impl("rms_norm", _rms_norm_torch, "CompositeExplicitAutograd")
-torch.library.register_fake("lego_kernels::rms_norm", _rms_norm_fake, lib=LIB)
 if not TRITON_PROBLEM:
     from lego_kernels.triton.rms_norm import launch_rms_norm
 
     LIB.impl("rms_norm", launch_rms_norm, "CUDA")
-_op = torch.ops.lego_kernels.rms_norm.default
 
 
 # 4. Public wrapper: validate, then dispatch

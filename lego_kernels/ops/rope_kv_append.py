@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lego_kernels.library import LIB, refuse_grad
+from lego_kernels.library import define_op, refuse_grad
 from lego_kernels.ops.kv_append import _kv_append_torch
 from lego_kernels.validation import check_dtype, check_tensor, check_written
 
@@ -60,30 +60,13 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # 2. Launcher: in C++, since there is nothing to allocate
 
 
-# 3. Registration: schema, torch kernel, fake; the native libraries add theirs
-def _rope_kv_append_fake(
-    q_out: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position: Tensor,
-    slot: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-) -> None: ...
-
-
-LIB.define(
+# 3. Registration: schema, plain torch; the native libraries add theirs
+_op = define_op(
     "rope_kv_append(Tensor(a!) q_out, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor qkv, "
     "Tensor cos, Tensor sin, Tensor position, Tensor slot, Tensor? q_norm, Tensor? k_norm, "
-    "float eps) -> ()"
+    "float eps) -> ()",
+    _rope_kv_append_torch,
 )
-LIB.impl("rope_kv_append", _rope_kv_append_torch, "CompositeExplicitAutograd")
-torch.library.register_fake("lego_kernels::rope_kv_append", _rope_kv_append_fake, lib=LIB)
-_op = torch.ops.lego_kernels.rope_kv_append.default
 
 
 # 4. Public wrapper: validate, then dispatch

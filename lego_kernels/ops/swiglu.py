@@ -3,11 +3,10 @@
 Native: csrc/cpu/swiglu.cpp; lego_kernels/triton/swiglu.py on CUDA. Shape letter: F hidden width.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lego_kernels.library import LIB, TRITON_PROBLEM, refuse_grad
+from lego_kernels.library import LIB, TRITON_PROBLEM, define_op, refuse_grad
 from lego_kernels.validation import check_dtype, check_tensor, check_written
 
 
@@ -20,18 +19,12 @@ def _swiglu_torch(gate_up: Tensor, out: Tensor) -> None:
 # 2. Launcher: in C++, or in lego_kernels/triton/swiglu.py
 
 
-# 3. Registration: schema, torch kernel, fake, Triton; the native library adds its own
-def _swiglu_fake(gate_up: Tensor, out: Tensor) -> None: ...
-
-
-LIB.define("swiglu(Tensor gate_up, Tensor(a!) out) -> ()")
-LIB.impl("swiglu", _swiglu_torch, "CompositeExplicitAutograd")
-torch.library.register_fake("lego_kernels::swiglu", _swiglu_fake, lib=LIB)
+# 3. Registration: schema, plain torch, Triton; the native library adds its own
+_op = define_op("swiglu(Tensor gate_up, Tensor(a!) out) -> ()", _swiglu_torch)
 if not TRITON_PROBLEM:
     from lego_kernels.triton.swiglu import launch_swiglu
 
     LIB.impl("swiglu", launch_swiglu, "CUDA")
-_op = torch.ops.lego_kernels.swiglu.default
 
 
 # 4. Public wrapper: validate, then dispatch
