@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from lego.environment import environment
 from lego.timing import Spread, paired_seconds, ratio_spread
 from tests.conftest import pytest_collection_modifyitems
 
@@ -55,14 +59,14 @@ def compare(benchmark, request: pytest.FixtureRequest) -> Iterator[Callable[...,
         bandwidth = read_bandwidth(device)
         benchmark.extra_info |= {
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu, one thread",
-            "torch": torch.__version__,
             "bytes": moved_bytes,
             "read_gb_per_s": bandwidth / 1e9,
+            "providers": {},
         }
         for name, taken in seconds.items():
             time_spread, speedup = Spread.of(taken), ratio_spread(taken, seconds["ours"])
             speed = moved_bytes / time_spread.median
-            benchmark.extra_info[name] = {
+            benchmark.extra_info["providers"][name] = {
                 "us": [s * 1e6 for s in (time_spread.median, time_spread.low, time_spread.high)],
                 "gb_per_s": speed / 1e9,
                 "share_of_read_bandwidth": speed / bandwidth,
@@ -70,7 +74,7 @@ def compare(benchmark, request: pytest.FixtureRequest) -> Iterator[Callable[...,
             }
             _rows.append(
                 (
-                    request.node.name.partition("[")[2].rstrip("]"),
+                    request.node.name.removeprefix("test_"),
                     name,
                     f"{time_spread.median * 1e6:,.1f}",
                     f"{speed / 1e9:.1f}",
@@ -92,7 +96,16 @@ def pytest_terminal_summary() -> None:
     table = Table(*columns, title="Paired, one process; medians (quartiles)")
     for row in _rows:
         table.add_row(*row)
-    Console(width=120).print(table)
+    Console(width=150).print(table)
+
+
+def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
+    """Note the machine as every result of this project does; ours alone is not worth its rounds."""
+    command = shlex.join(["pytest", *sys.argv[1:]])
+    output_json["environment"] = environment() | {"command": command, "cpu_threads": 1}
+    del output_json["machine_info"]
+    for row in output_json["benchmarks"]:
+        del row["stats"], row["options"]
 
 
 def _calls_per_round(call: Callable[[], object], device: str) -> int:

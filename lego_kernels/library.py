@@ -72,10 +72,9 @@ def _load_native() -> dict[str, str]:
     for key in usable:
         if not unloaded[key] or BACKEND == "reference":
             continue
-        problem = f"the native {key} kernels are not loaded ({unloaded[key]})"
-        if BACKEND == "native":
-            raise ImportError(f"LEGO_BACKEND=native: {problem}; see `lego doctor`")
-        _log.warning("%s: those ops run as plain PyTorch; see `lego doctor`", problem)
+        _miss(f"the native {key} kernels are not loaded ({unloaded[key]})")
+    if torch.cuda.is_available() and TRITON_PROBLEM and BACKEND != "reference":
+        _miss(f"the Triton kernels are not registered ({TRITON_PROBLEM})")
     return unloaded
 
 
@@ -88,10 +87,18 @@ def _triton_problem() -> str:
     return "" if importlib.util.find_spec("triton") else "triton is not installed"
 
 
+def _miss(problem: str) -> None:
+    """Raise for a kernel that this machine could use, if the backend is `native`; log it else."""
+    if BACKEND == "native":
+        raise ImportError(f"LEGO_BACKEND=native: {problem}; see `lego doctor`")
+    _log.warning("%s: those ops run as plain PyTorch; see `lego doctor`", problem)
+
+
 BACKEND = _requested_backend()
 TRITON_PROBLEM = _triton_problem()  # "" where lego_kernels.triton serves CUDA tensors
 NOT_LOADED = _load_native()  # by dispatch key: why its native library is absent, "" if loaded
 if not NOT_LOADED["CPU"]:
+    _BEST_CPU_ISA = torch.ops.lego_kernels.cpu_isa("best")
     torch.ops.lego_kernels.cpu_isa(os.environ.get("LEGO_CPU_ISA", "best"))
 
 
@@ -116,10 +123,7 @@ def cpu_isas() -> tuple[str, ...]:
     """Return what the native CPU kernels can run on here, best last; empty if not loaded."""
     if NOT_LOADED["CPU"]:
         return ()
-    in_force = cpu_isa()
-    best = torch.ops.lego_kernels.cpu_isa("best")
-    torch.ops.lego_kernels.cpu_isa(in_force)
-    return CPU_ISAS[: CPU_ISAS.index(best) + 1]
+    return CPU_ISAS[: CPU_ISAS.index(_BEST_CPU_ISA) + 1]
 
 
 @contextlib.contextmanager

@@ -43,9 +43,13 @@ def check_rows(
 ) -> Tensor:
     """Return a number as a [] tensor, and a [] or [B] tensor as it is.
 
-    Raises: ValueError if a tensor has another shape, dtype or device.
+    Raises: ValueError if a tensor has another shape, dtype or device, or if a number is NaN or does
+        not fit the dtype.
     """
     if not isinstance(x, Tensor):
+        limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+        if not limits.min <= x <= limits.max:
+            raise ValueError(f"{op}: {name} must be finite and fit {dtype}, got {x}")
         return torch.full((), x, dtype=dtype, device=like.device)
     if x.dim() > 0 and x.shape != (num_rows,):
         raise ValueError(f"{op}: {name} must be a number or ({num_rows},), got {tuple(x.shape)}")
@@ -56,8 +60,17 @@ def check_rows(
     return x
 
 
+def check_threshold(op: str, threshold: float | Tensor, num_rows: int, *, like: Tensor) -> Tensor:
+    """check_rows for a threshold of confidences in [0, 1]: any number but NaN is legal."""
+    if not isinstance(threshold, Tensor):
+        if threshold != threshold:
+            raise ValueError(f"{op}: threshold must not be NaN, got nan")
+        threshold = min(max(threshold, -1.0), 2.0)
+    return check_rows(op, "threshold", threshold, num_rows, torch.float32, like=like)
+
+
 def check_written(op: str, name: str, x: Tensor) -> None:
-    """Raise ValueError if two elements of x, which is written to, share one place in memory."""
+    """Raise ValueError if a dimension of x, which is written to, repeats one place in memory."""
     if 0 in x.stride() and any(
         stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)
     ):

@@ -173,9 +173,8 @@ inline void reduce_tile(const lego::ExitInputs& in, const lego::ExitPartials& to
 // The partials of every row and of the tiles [begin, end). h is normed.
 template <class T>
 void exit_tiles(const lego::ExitInputs& in, const lego::ExitPartials& to, int64_t begin, int64_t end) {
-  constexpr int64_t kRows = 16, kChunkBytes = 128 << 10;  // of weights: a second-level cache has twice that
-  const int64_t fitting = kChunkBytes / (in.D * static_cast<int64_t>(sizeof(T))) / kLanes * kLanes;
-  const int64_t chunk = fitting > kLanes ? fitting : kLanes;
+  constexpr int64_t kRows = 16;
+  const int64_t chunk = rows_that_stay<T>(in.D, lego::kTile);
   const auto* h = static_cast<const T*>(in.h);
   const auto* head = static_cast<const T*>(in.head);
   float logits[kRows * lego::kTile];
@@ -219,21 +218,6 @@ inline lego::ExitSummary merge_tiles(const lego::ExitPartials& of, int64_t row, 
           top.second > second.value ? top.second : second.value, plain, sum(sums.weighted)};
 }
 
-// out = x / sqrt(mean(x^2) + eps) * weight, rounded to T
-template <class T>
-void normed_row(const T* x, const T* weight, float eps, int64_t D, T* out) {
-  Vec squares = {};
-  for_each_vec(
-      D, [&](int64_t i) { squares += load(x + i) * load(x + i); },
-      [&](int64_t i, int64_t rest) { squares += load_first(x + i, rest) * load_first(x + i, rest); });
-  const float scale = 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(D) + eps);
-  for_each_vec(
-      D, [&](int64_t i) { store(out + i, load(x + i) * scale * load(weight + i)); },
-      [&](int64_t i, int64_t rest) {
-        store_first(out + i, load_first(x + i, rest) * scale * load_first(weight + i, rest), rest);
-      });
-}
-
 #else
 
 #include <torch/csrc/stable/library.h>
@@ -247,25 +231,13 @@ void normed_row(const T* x, const T* weight, float eps, int64_t D, T* out) {
 #include <string>
 
 #include "dtype.h"
+#include "rows.h"
 
 namespace lego {
 
 // Rows of the head whose logits are reduced at once. Whatever B is and however many threads there
 // are, the tiles are the same, and so are the bits of a row.
 constexpr int64_t kTile = 128;
-
-// a value of each row, or one for all
-template <class V>
-struct PerRow {
-  const V* data = nullptr;
-  int64_t stride = 0;
-
-  PerRow() = default;
-  explicit PerRow(const std::optional<torch::stable::Tensor>& x) {
-    if (x) data = static_cast<const V*>(x->data_ptr()), stride = x->dim() ? x->stride(0) : 0;
-  }
-  V operator[](int64_t row) const { return data[row * stride]; }
-};
 
 struct ExitInputs {
   const void *h, *head;  // [B, D], [V, D]
@@ -339,7 +311,7 @@ template <class T>
 void fill_partials(lego::ExitInputs in, const std::optional<Tensor>& norm_weight, float eps,
                    const lego::ExitPartials& partials, T* normed) {
   if (norm_weight) {
-    const auto norm = LEGO_KERNEL(normed_row<T>);
+    const auto norm = LEGO_KERNEL(norm_row<T>);
     const auto* h = static_cast<const T*>(in.h);
     const auto* weight = static_cast<const T*>(norm_weight->data_ptr());
     for (int64_t b = 0; b < in.B; ++b) norm(h + b * in.h_stride, weight, eps, in.D, normed + b * in.D);

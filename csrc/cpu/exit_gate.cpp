@@ -52,6 +52,7 @@ float exit_gate_score(const T* h, const T* weight, const T* norm_weight, float e
 #include <optional>
 
 #include "dtype.h"
+#include "rows.h"
 #define LEGO_OP_FILE "exit_gate.cpp"
 #include "for_each_isa.h"
 
@@ -68,15 +69,14 @@ float first_value(const Tensor& x) {
 }
 
 // h [B, D], gate_weight [D], norm_weight [D] of one dtype, gate_bias of that or float32, one value;
-// threshold float32 [] or [B], score float32 [B], exit bool [B]; last strides 1
+// threshold float32 [] or [B] of any stride, score float32 [B], exit bool [B]; other last strides 1
 void exit_gate_cpu(const Tensor& h, const Tensor& gate_weight, const Tensor& gate_bias,
                    const Tensor& threshold, std::optional<Tensor> norm_weight, double eps, Tensor score,
                    Tensor exit) {
   const int64_t B = h.size(0), D = h.size(1);
-  const auto* wanted = static_cast<const float*>(threshold.data_ptr());
-  const int64_t wanted_stride = threshold.dim();  // 0 for one that is the same for all rows
-  for (int64_t i = 0; i < threshold.numel(); ++i) {
-    LEGO_CHECK_VALUE(wanted[i] == wanted[i], "exit_gate: threshold must not be NaN, got nan");
+  const lego::PerRow<float> wanted(threshold);
+  for (int64_t row = 0; row < B; ++row) {
+    LEGO_CHECK_VALUE(wanted[row] == wanted[row], "exit_gate: threshold must not be NaN, got nan");
   }
   const float bias = first_value(gate_bias);
   auto* scores = static_cast<float*>(score.data_ptr());
@@ -92,7 +92,7 @@ void exit_gate_cpu(const Tensor& h, const Tensor& gate_weight, const Tensor& gat
     torch::stable::parallel_for(0, B, grain, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         scores[row] = kernel(rows + row * h.stride(0), weight, norm, static_cast<float>(eps), bias, D);
-        exits[row] = scores[row] >= wanted[row * wanted_stride];
+        exits[row] = scores[row] >= wanted[row];
       }
     });
   });

@@ -38,6 +38,7 @@ namespace {
 #include "vec.h"
 #include "vec_dot.h"
 #include "vec_math.h"
+#include "vec_norm.h"
 #include LEGO_OP_FILE
 }  // namespace
 }  // namespace lego::scalar
@@ -52,6 +53,7 @@ namespace {
 #include "vec.h"
 #include "vec_dot.h"
 #include "vec_math.h"
+#include "vec_norm.h"
 #include LEGO_OP_FILE
 }  // namespace
 }  // namespace lego::avx2
@@ -65,6 +67,7 @@ namespace {
 #include "vec.h"
 #include "vec_dot.h"
 #include "vec_math.h"
+#include "vec_norm.h"
 #include LEGO_OP_FILE
 }  // namespace
 }  // namespace lego::avx512
@@ -77,6 +80,7 @@ namespace {
 #include "vec.h"
 #include "vec_dot.h"
 #include "vec_math.h"
+#include "vec_norm.h"
 #include LEGO_OP_FILE
 }  // namespace
 }  // namespace lego::avx512_bf16

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "../check.h"
+#include "rows.h"
 
 namespace {
 
@@ -34,10 +35,9 @@ struct Heads {
 void kv_append_cpu(Tensor k_cache, Tensor v_cache, const Tensor& k, const Tensor& v, const Tensor& position) {
   const int64_t B = k.size(0), T = k.size(1), H = k.size(2), S = k_cache.size(1);
   const int64_t head_bytes = k.size(3) * k.element_size();
-  const int64_t* first_slot = static_cast<const int64_t*>(position.data_ptr());
-  const int64_t position_stride = position.stride(0);
+  const lego::PerRow<int64_t> first_slot(position);
   for (int64_t b = 0; b < B; ++b) {
-    const int64_t slot = first_slot[b * position_stride];
+    const int64_t slot = first_slot[b];
     LEGO_CHECK_VALUE(slot <= S - T, "kv_append: position must be at most S - T = "
                                         << S - T << ", got " << slot << " in row " << b);
   }
@@ -57,7 +57,7 @@ void kv_append_cpu(Tensor k_cache, Tensor v_cache, const Tensor& k, const Tensor
   const int64_t grain = std::max<int64_t>(1, (64 << 10) / std::max<int64_t>(1, H * head_bytes));
   torch::stable::parallel_for(0, B * T, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / T, t = i % T, slot = first_slot[b * position_stride];
+      const int64_t b = i / T, t = i % T, slot = first_slot[b];
       if (slot < 0) continue;
       copy(to_k, from_k, b, t, slot + t);
       copy(to_v, from_v, b, t, slot + t);

@@ -6,8 +6,9 @@ void linear_small(const T* x, int64_t x_stride, int64_t B, const T* w, int64_t w
                   int64_t end, int64_t D, T* y, int64_t y_stride) {
   constexpr int64_t kTile = 64;
   float tile[16 * kTile];
-  for (int64_t n = begin; n < end; n += kTile) {
-    const int64_t count = end - n < kTile ? end - n : kTile;
+  const int64_t step = rows_that_stay<T>(D, kTile);
+  for (int64_t n = begin; n < end; n += step) {
+    const int64_t count = end - n < step ? end - n : step;
     dot_products(x, x_stride, B, w + n * w_stride, w_stride, count, D, tile, kTile);
     for (int64_t b = 0; b < B; ++b) {
       const float* from = tile + b * kTile;

@@ -1,34 +1,18 @@
 #ifdef LEGO_ISA_PASS
 
-// One row: residual += x first, if there is one; then out = x / sqrt(mean(x^2) + eps) * weight.
-// The sum is rounded to T before it is normalised, as the residual that later layers will read.
+// One row: residual += x first, if there is one, and then the sum is normed. It is rounded to T before,
+// as the residual that later layers will read.
 template <class T>
 void rms_norm_row(const T* x, const T* weight, float eps, T* residual, int64_t D, T* out) {
-  Vec squares[2] = {};
-  const auto square = [&](int64_t i, Vec value) { squares[i / kLanes % 2] += value * value; };
   if (residual != nullptr) {
     for_each_vec(
-        D,
-        [&](int64_t i) {
-          store(residual + i, load(residual + i) + load(x + i));
-          square(i, load(residual + i));
-        },
+        D, [&](int64_t i) { store(residual + i, load(residual + i) + load(x + i)); },
         [&](int64_t i, int64_t rest) {
           store_first(residual + i, load_first(residual + i, rest) + load_first(x + i, rest), rest);
-          square(i, load_first(residual + i, rest));
         });
     x = residual;
-  } else {
-    for_each_vec(
-        D, [&](int64_t i) { square(i, load(x + i)); },
-        [&](int64_t i, int64_t rest) { square(i, load_first(x + i, rest)); });
   }
-  const float scale = 1.0f / __builtin_sqrtf(sum(squares[0] + squares[1]) / static_cast<float>(D) + eps);
-  for_each_vec(
-      D, [&](int64_t i) { store(out + i, load(x + i) * scale * load(weight + i)); },
-      [&](int64_t i, int64_t rest) {
-        store_first(out + i, load_first(x + i, rest) * scale * load_first(weight + i, rest), rest);
-      });
+  norm_row(x, weight, eps, D, out);
 }
 
 #else

@@ -8,19 +8,6 @@ inline Vec rounded(Vec x) {
   return load(values);
 }
 
-// 1 / sqrt(mean(x^2) + eps)
-template <class T>
-inline float inverse_rms(const T* x, int64_t size, float eps) {
-  Vec squares{};
-  for_each_vec(
-      size, [&](int64_t i) { squares += load(x + i) * load(x + i); },
-      [&](int64_t i, int64_t rest) {
-        const Vec last = load_first(x + i, rest);
-        squares += last * last;
-      });
-  return 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(size) + eps);
-}
-
 // The heads of one token, 2 * half values each: RMS-normalised if there is a norm, and rounded to T
 // as an RMSNorm of its own would; then component i of the first half is rotated with i of the second.
 template <class T>
@@ -59,12 +46,14 @@ void rope_heads(const T* from, T* to, int64_t to_stride, int64_t num_heads, int6
 #include <optional>
 
 #include "dtype.h"
+#include "rows.h"
 #define LEGO_OP_FILE "rope_kv_append.cpp"
 #include "for_each_isa.h"
 
 namespace {
 
 using torch::stable::Tensor;
+using PerRow = lego::PerRow<int64_t>;
 
 // A [B, T or S, H, E] tensor, or packed QKV [B, T, H * E]; strides in elements.
 template <class T>
@@ -81,25 +70,15 @@ struct Heads {
   T* at(int64_t b, int64_t t) const { return data + b * row + t * token; }
 };
 
-// An int64 [B] tensor of any stride.
-struct Numbers {
-  const int64_t* data;
-  int64_t size, stride;
-
-  explicit Numbers(const Tensor& x)
-      : data(static_cast<const int64_t*>(x.data_ptr())), size(x.size(0)), stride(x.stride(0)) {}
-
-  int64_t operator[](int64_t b) const { return data[b * stride]; }
-};
-
 // Every row is checked before the first value is written.
-void check_rows(const Numbers& position, const Numbers& slot, int64_t last_position, int64_t last_slot) {
-  for (int64_t b = 0; b < position.size; ++b) {
+void check_rows(const PerRow& position, const PerRow& slot, int64_t B, int64_t last_position,
+                int64_t last_slot) {
+  for (int64_t b = 0; b < B; ++b) {
     LEGO_CHECK_VALUE(position[b] >= 0 && position[b] <= last_position,
                      "rope_kv_append: position must be in [0, P - T = " << last_position << "], got "
                                                                         << position[b] << " in row " << b);
   }
-  for (int64_t b = 0; b < slot.size; ++b) {
+  for (int64_t b = 0; b < B; ++b) {
     LEGO_CHECK_VALUE(slot[b] <= last_slot, "rope_kv_append: slot must be at most S - T = "
                                                << last_slot << ", got " << slot[b] << " in row " << b);
   }
@@ -121,8 +100,8 @@ void rope_kv_append_cpu(Tensor q_out, Tensor k_cache, Tensor v_cache, const Tens
                         std::optional<Tensor> q_norm, std::optional<Tensor> k_norm, double eps) {
   const int64_t B = q_out.size(0), T = q_out.size(1), Hq = q_out.size(2), E = q_out.size(3);
   const int64_t Hkv = k_cache.size(2);
-  const Numbers positions(position), slots(slot);
-  check_rows(positions, slots, cos.size(0) - T, k_cache.size(1) - T);
+  const PerRow positions(position), slots(slot);
+  check_rows(positions, slots, B, cos.size(0) - T, k_cache.size(1) - T);
   const auto* cos_data = static_cast<const float*>(cos.data_ptr());
   const auto* sin_data = static_cast<const float*>(sin.data_ptr());
   const int64_t cos_stride = cos.stride(0), sin_stride = sin.stride(0);

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <optional>
 
 namespace lego {
 
@@ -25,6 +26,20 @@ struct Rows {
     return row / (size[1] * size[2]) * stride[0] + row / size[2] % size[1] * stride[1] +
            row % size[2] * stride[2];
   }
+};
+
+// A value of each row, [B] of any stride, or [], one for all.
+template <class V>
+struct PerRow {
+  const V* data = nullptr;
+  int64_t stride = 0;
+
+  PerRow() = default;
+  explicit PerRow(const torch::stable::Tensor& x)
+      : data(static_cast<const V*>(x.data_ptr())), stride(x.dim() ? x.stride(0) : 0) {}
+  explicit PerRow(const std::optional<torch::stable::Tensor>& x) : PerRow(x ? PerRow(*x) : PerRow()) {}
+
+  V operator[](int64_t row) const { return data[row * stride]; }
 };
 
 }  // namespace lego

@@ -135,7 +135,7 @@ inline void store_first(T* to, Vec x, int64_t count) {
   std::memcpy(to, values, count * sizeof(T));
 }
 
-// Calls at(i, count) for the whole vectors of `size` values, and once for what is left over.
+// Calls whole(i) for the whole vectors of `size` values, and rest(i, count) for what is left over.
 template <class Whole, class Rest>
 inline void for_each_vec(int64_t size, const Whole& whole, const Rest& rest) {
   int64_t i = 0;

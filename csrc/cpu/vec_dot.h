@@ -67,7 +67,7 @@ __attribute__((always_inline)) inline void dot_block(const T* x, int64_t x_strid
   }
 }
 
-// dot_products for R rows of x, N rows of w at a time
+// dot_products for R rows of x, N rows of w at a time; where N is 1, G short ones, kLanes to a store
 template <int R, int N, int G, class T>
 inline void dot_rows(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t num_w, int64_t width,
                      float* out, int64_t out_stride) {
@@ -92,6 +92,15 @@ inline void dot_rows(const T* x, int64_t x_stride, const T* w, int64_t w_stride,
     }
   }
   for (; n < num_w; ++n) dot_block<R, 1, false>(x, x_stride, w + n * w_stride, w_stride, width, add_up);
+}
+
+// Rows of w, kLanes to `most` of them, that stay in the second-level cache while several rows of x pass:
+// 128 KiB, where the smallest such cache has twice that.
+template <class T>
+inline int64_t rows_that_stay(int64_t width, int64_t most) {
+  const int64_t row_bytes = width > 0 ? width * static_cast<int64_t>(sizeof(T)) : 1;
+  const int64_t fitting = (128 << 10) / row_bytes / kLanes * kLanes;
+  return fitting < kLanes ? kLanes : fitting < most ? fitting : most;
 }
 
 // out[r * out_stride + n] = x[r] . w[n] for all rows of x and of w, each `width` long. The rows of w

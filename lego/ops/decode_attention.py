@@ -15,7 +15,8 @@ def decode_attention(
 
     The caches already hold the T new tokens: kv_len_B (int64, in [0, S]) counts them, and token t
     sees slots [0, kv_len - T + t]. H is a multiple of K; head h reads key/value head h // (H / K).
-    A query that sees no slot gives zeros. Slots past kv_len are never read, whatever they hold.
+    A query that sees no slot gives zeros. Slots past kv_len are never read, whatever they hold; but
+    a value of a later new token that is not finite may reach the earlier ones of its chunk.
     Raises: ValueError if the shapes do not fit together or a length is out of range.
     """
     _check_shapes(q_BTHE, k_cache_BSKE, v_cache_BSKE)

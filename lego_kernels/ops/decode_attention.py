@@ -173,7 +173,7 @@ def _check_tensors(
 def _check_workspace(workspace: Tensor, q: Tensor) -> None:
     rows, E = q.shape[:-1].numel(), q.size(-1)
     splits = workspace.size(1) if workspace.dim() == 3 else 1
-    shape = (rows, max(splits, 1), E + 2)
+    shape = (rows, min(max(splits, 1), MAX_SPLITS), E + 2)
     check_tensor("decode_attention", "workspace", workspace, shape, like=q, dtype=torch.float32)
     if not workspace.is_contiguous():
         raise ValueError(

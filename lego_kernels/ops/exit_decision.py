@@ -14,7 +14,7 @@ from torch import Tensor
 from lego_kernels.exit_tiles import PARTIALS, TILE
 from lego_kernels.gumbel import gumbel
 from lego_kernels.library import LIB, TRITON_PROBLEM, define_op, refuse_grad
-from lego_kernels.validation import DTYPES, check_dtype, check_rows, check_tensor
+from lego_kernels.validation import DTYPES, check_dtype, check_rows, check_tensor, check_threshold
 
 Criterion = Literal["max_prob", "margin", "entropy"]
 CRITERIA = get_args(Criterion)
@@ -129,7 +129,8 @@ def exit_decision(
 ) -> ExitDecision:
     """Contract of lego.ops.exit_decision for float32, bfloat16 and float16.
 
-    Logits, softmax and noise are float32. A row's bits do not depend on the other rows, nor on
+    Logits, softmax and noise are float32 (plain torch, where there is no kernel, rounds the logits
+    to h's dtype). A row's bits do not depend on the other rows, nor on
     how many there are. threshold and temperature are numbers or float32 [] or [B], seed and offset
     are numbers or int64 [] or [B]: as tensors on h's device they may change under a captured
     graph, and off the CPU their values are not checked, since that would make the host wait.
@@ -137,12 +138,10 @@ def exit_decision(
     allocated; they must not overlap the inputs. Raises: ValueError also if a last stride is not 1.
     RuntimeError if an input requires grad in grad mode.
     """
-    if not isinstance(threshold, Tensor):
-        threshold = torch.full((), threshold, dtype=torch.float32, device=h.device)
     usual = _is_usual(h, head, norm_weight, threshold, out, workspace)
     if not usual:
         _check_inputs(h, head, norm_weight)
-        check_rows("exit_decision", "threshold", threshold, h.size(0), torch.float32, like=h)
+    threshold = check_threshold("exit_decision", threshold, h.size(0), like=h)
     vocab_size = head.size(0) if vocab_size is None else vocab_size
     if not 1 <= vocab_size <= head.size(0):
         raise ValueError(
@@ -156,6 +155,10 @@ def exit_decision(
         raise ValueError(f"exit_decision: eps must be >= 0, got {eps}")
     noise: tuple[Tensor | None, ...] = (None, None, None)
     if temperature is not None:
+        if not isinstance(temperature, Tensor) and not 0 <= temperature < math.inf:
+            raise ValueError(
+                f"exit_decision: temperature must be finite and >= 0, got {temperature}"
+            )
         B = h.size(0)
         noise = (
             check_rows("exit_decision", "temperature", temperature, B, torch.float32, like=h),
@@ -170,7 +173,8 @@ def exit_decision(
         workspace = exit_decision_workspace(h, head)
     elif not usual:
         _check_workspace(workspace, h, head)
-    refuse_grad("exit_decision", h, head)
+    given = [x for x in (norm_weight, threshold, *noise) if x is not None]
+    refuse_grad("exit_decision", h, head, *given)
     _op(h, head, norm_weight, eps, threshold, criterion, vocab_size, *noise, *out, workspace)
     return out
 
@@ -189,12 +193,14 @@ def _is_usual(
     h: Tensor,
     head: Tensor,
     norm_weight: Tensor | None,
-    threshold: Tensor,
+    threshold: float | Tensor,
     out: ExitDecision | None,
     workspace: Tensor | None,
 ) -> bool:
     """Whether all checks would surely pass: one by one they are a tenth of the seed's call."""
-    if out is None or workspace is None or h.dim() != 2 or head.dim() != 2:
+    if out is None or workspace is None or not isinstance(threshold, Tensor):
+        return False
+    if h.dim() != 2 or head.dim() != 2:
         return False
     (B, D), (V, width) = h.shape, head.shape
     token, confidence, lse, exits = out

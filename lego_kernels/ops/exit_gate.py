@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lego_kernels.library import LIB, TRITON_PROBLEM, define_op, refuse_grad
-from lego_kernels.validation import check_dtype, check_tensor
+from lego_kernels.validation import check_dtype, check_tensor, check_threshold
 
 
 # 1. Kernel: plain torch, for any device without one of its own
@@ -70,9 +70,8 @@ def exit_gate(
     in a threshold is not reported, since reading it would make the host wait: that row does not
     exit. RuntimeError if an input requires grad in grad mode.
     """
-    if not isinstance(threshold, Tensor):
-        threshold = _threshold_tensor(threshold, h)
-    _validate(h, gate_weight, gate_bias, threshold, norm_weight, eps)
+    _validate(h, gate_weight, gate_bias, norm_weight, eps)
+    threshold = check_threshold("exit_gate", threshold, h.size(0), like=h)
     rows = h.shape[:1]
     if out is None:
         out = h.new_empty(rows, dtype=torch.float32), h.new_empty(rows, dtype=torch.bool)
@@ -86,18 +85,10 @@ def exit_gate(
     return out
 
 
-def _threshold_tensor(threshold: float, h: Tensor) -> Tensor:
-    if threshold != threshold:
-        raise ValueError("exit_gate: threshold must not be NaN, got nan")
-    # no score is outside [0, 1], and torch.full refuses what float32 cannot hold
-    return torch.full((), min(max(threshold, -1.0), 2.0), dtype=torch.float32, device=h.device)
-
-
 def _validate(
     h: Tensor,
     gate_weight: Tensor,
     gate_bias: Tensor,
-    threshold: Tensor,
     norm_weight: Tensor | None,
     eps: float,
 ) -> None:
@@ -114,5 +105,3 @@ def _validate(
         raise ValueError(f"exit_gate: gate_bias must be [] or [1], got {tuple(gate_bias.shape)}")
     bias_dtype = torch.float32 if gate_bias.dtype == torch.float32 else h.dtype
     check_tensor("exit_gate", "gate_bias", gate_bias, gate_bias.shape, like=h, dtype=bias_dtype)
-    wanted = h.shape[:1] if threshold.dim() else ()
-    check_tensor("exit_gate", "threshold", threshold, wanted, like=h, dtype=torch.float32)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lego_kernels.library import define_op, refuse_grad
-from lego_kernels.validation import check_tensor, check_written
+from lego_kernels.validation import DTYPES, check_tensor, check_written
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+KV_DTYPES = (*DTYPES, torch.float64)
 
 
 # 1. Kernel: plain torch, for any device without a native one
@@ -44,8 +44,9 @@ _op = define_op(
 
 # 4. Public wrapper: validate, then dispatch
 def kv_append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:
-    """Contract of lego.ops.kv_append, with two limits of its own.
+    """Contract of lego.ops.kv_append, with limits of its own.
 
+    The caches overlap neither each other nor k, v or position.
     Raises: ValueError also if the last stride of a cache, k or v is not 1. RuntimeError if an
         input requires grad in grad mode. Off the CPU an out-of-range position is not reported,
         since reading it would make the host wait: that row is not written.
@@ -60,16 +61,17 @@ def _validate(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, position: 
         if x.dim() != 4:
             raise ValueError(f"kv_append: {name} must have 4 dimensions, got {tuple(x.shape)}")
     (B, T, H, D), S = k.shape, k_cache.size(1)
-    if k.dtype not in DTYPES:
-        raise ValueError(f"kv_append: k must have one of the dtypes {DTYPES}, got {k.dtype}")
+    if k.dtype not in KV_DTYPES:
+        raise ValueError(f"kv_append: k must have one of the dtypes {KV_DTYPES}, got {k.dtype}")
     check_tensor("kv_append", "k", k, k.shape, like=k)
     check_tensor("kv_append", "v", v, k.shape, like=k)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         check_tensor("kv_append", name, cache, (B, S, H, D), like=k)
         check_written("kv_append", name, cache)
-    # its stride is free: one number is read at a time
-    check_tensor("kv_append", "position", position[:1], (min(B, 1),), like=k, dtype=torch.int64)
     if position.shape != (B,):
         raise ValueError(f"kv_append: position must be {(B,)}, got {tuple(position.shape)}")
+    # its stride is free: one number is read at a time
+    first = position[:1]
+    check_tensor("kv_append", "position", first, first.shape, like=k, dtype=torch.int64)
     if T > S:
         raise ValueError(f"kv_append: k must have at most S = {S} tokens, got {T}")

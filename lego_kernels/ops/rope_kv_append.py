@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lego_kernels.library import define_op, refuse_grad
 from lego_kernels.ops.kv_append import _kv_append_torch
-from lego_kernels.validation import check_dtype, check_tensor, check_written
+from lego_kernels.validation import DTYPES, check_dtype, check_tensor, check_written
 
 
 # 1. Kernel: plain torch, for any device without a native one
@@ -95,7 +95,7 @@ def rope_kv_append(
         _validate(q_out, k_cache, v_cache, qkv, cos, sin, position, slot)
     _validate_norms(q_out, q_norm, k_norm, eps)
     norms = () if q_norm is None or k_norm is None else (q_norm, k_norm)
-    refuse_grad("rope_kv_append", q_out, k_cache, v_cache, qkv, *norms)
+    refuse_grad("rope_kv_append", q_out, k_cache, v_cache, qkv, cos, sin, *norms)
     _op(q_out, k_cache, v_cache, qkv, cos, sin, position, slot, q_norm, k_norm, eps)
 
 
@@ -124,7 +124,7 @@ def _is_usual(
         and qkv.shape == (B, T, (Hq + 2 * Hkv) * E)
         and sin.shape == table_shape
         and position.shape == slot.shape == (B,)
-        and dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and dtype in DTYPES
         and k_cache.dtype == v_cache.dtype == qkv.dtype == dtype
         and cos.dtype == sin.dtype == torch.float32
         and position.dtype == slot.dtype == torch.int64

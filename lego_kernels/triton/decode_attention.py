@@ -12,7 +12,9 @@ from torch import Tensor
 BLOCK_M = 16  # queries of a program: a tensor core takes no fewer; 32 made float32 spill registers
 
 
-@triton.jit
+# a slice of the lengths, or another length of cache, may not mean another compilation in the middle
+# of a capture
+@triton.jit(do_not_specialize=["kv_len_ptr", "workspace_ptr", "T", "S"])
 def _decode_attention_kernel(
     q_ptr,
     k_ptr,
@@ -96,7 +98,7 @@ def _decode_attention_kernel(
         tl.store(partial[:, None] + 2 + e[None, :], acc, mask=kept_m & kept_e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kv_len_ptr", "workspace_ptr", "T", "S"])
 def _merge_splits_kernel(
     workspace_ptr,
     kv_len_ptr,

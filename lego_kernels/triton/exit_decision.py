@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lego_kernels.exit_tiles import TILE
+from lego_kernels.triton.rows import row_stride
 
 STAGES = 4  # 3 of 16 KiB in flight, 57 KiB with h: 3 programs fit on an H100, 1 on an sm_86
 
@@ -275,7 +276,7 @@ def launch_exit_decision(
     form = form or ("gemv" if h.dtype == torch.float32 else "dot")
     use_dot, rows = FORMS[form]
     noise = (temperature, seed, offset)
-    noise_strides = [_row_stride(x) for x in noise]
+    noise_strides = [row_stride(x) for x in noise]
     sizes = (B, D, vocab_size, num_tiles, eps, h.stride(0), head.stride(0))
     # Triton launches on the current device, which need not be the tensor's
     with torch.cuda.device_of(h):
@@ -291,14 +292,9 @@ def launch_exit_decision(
         )
         _exit_decision_merge_kernel[(B,)](
             *(workspace, threshold, token, confidence, lse, exit),
-            *(B, num_tiles, _row_stride(threshold), math.log(max(vocab_size, 2))),
+            *(B, num_tiles, row_stride(threshold), math.log(max(vocab_size, 2))),
             CRITERION=criterion,
             SAMPLED=temperature is not None,
             BLOCK_T=triton.next_power_of_2(num_tiles),
             num_warps=4,
         )
-
-
-def _row_stride(x: Tensor | None) -> int:
-    """The stride of a [B] tensor, 0 for one value for all rows."""
-    return 0 if x is None or x.dim() == 0 else x.stride(0)

@@ -5,8 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lego_kernels.triton.rows import row_stride, warps_of_row
 
-@triton.jit
+
+# another number of rows, or a slice, may not mean another compilation in the middle of a capture
+@triton.jit(do_not_specialize=["threshold_ptr", "score_ptr", "exit_ptr", "threshold_stride"])
 def _exit_gate_kernel(
     h_ptr,
     gate_weight_ptr,
@@ -65,9 +68,9 @@ def launch_exit_gate(
             D,
             eps,
             h.stride(0),
-            threshold.dim(),  # 0 for one that is the same for all rows
+            row_stride(threshold),
             HAS_NORM=norm_weight is not None,
             BLOCK_D=triton.next_power_of_2(D),
-            num_warps=1 if D <= 512 else 4 if D <= 2048 else 8,
+            num_warps=warps_of_row(D),
             enable_fp_fusion=True,  # not the default from Triton 3.10 on
         )

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lego_kernels.triton.rows import row_strides, warps_of_row
+
 
 # another number of rows may not mean another compilation, in the middle of a capture
 @triton.jit(do_not_specialize=["size_1", "size_2"])
@@ -70,16 +72,11 @@ def launch_rms_norm(
             rows[2],
             D,
             eps,
-            *_row_strides(x),
-            *_row_strides(summed),
-            *_row_strides(out),
+            *row_strides(x),
+            *row_strides(summed),
+            *row_strides(out),
             HAS_RESIDUAL=residual is not None,
             BLOCK_D=triton.next_power_of_2(D),
-            num_warps=1 if D <= 512 else 4 if D <= 2048 else 8,
+            num_warps=warps_of_row(D),
             enable_fp_fusion=True,  # not the default from Triton 3.10 on
         )
-
-
-def _row_strides(x: Tensor) -> tuple[int, ...]:
-    """The strides of the three dimensions before the last, 0 for those that x lacks."""
-    return (0,) * (4 - x.dim()) + x.stride()[:-1]

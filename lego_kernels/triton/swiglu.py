@@ -5,10 +5,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lego_kernels.triton.rows import row_strides
+
 BLOCK_F = 1024  # 8 values a thread: 16 bytes of a 16-bit dtype, the widest load
 
 
-@triton.jit
+# another number of rows may not mean another compilation, in the middle of a capture
+@triton.jit(do_not_specialize=["size_1", "size_2"])
 def _swiglu_kernel(
     gate_up_ptr,
     out_ptr,
@@ -49,14 +52,9 @@ def launch_swiglu(gate_up: Tensor, out: Tensor) -> None:
             rows[1],
             rows[2],
             F,
-            *_row_strides(gate_up),
-            *_row_strides(out),
+            *row_strides(gate_up),
+            *row_strides(out),
             BLOCK_F=BLOCK_F,
             num_warps=4,
             enable_fp_fusion=True,  # not the default from Triton 3.10 on
         )
-
-
-def _row_strides(x: Tensor) -> tuple[int, ...]:
-    """The strides of the three dimensions before the last, 0 for those that x lacks."""
-    return (0,) * (4 - x.dim()) + x.stride()[:-1]

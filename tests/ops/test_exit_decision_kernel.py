@@ -232,6 +232,12 @@ BROKEN = {
     r"threshold must be torch.float32 on cpu, got torch.int64": {"threshold": torch.tensor(1)},
     r"temperature must be finite and >= 0": {"temperature": -1.0},
     r"temperature must be finite and >= 0, got \[?inf": {"temperature": INF},
+    r"temperature must be finite and >= 0, got nan": {"temperature": NAN},
+    r"temperature must be finite and fit torch.float32, got 1e\+39": {"temperature": 1e39},
+    r"seed must be finite and fit torch.int64, got 9223372036854775808": {
+        "temperature": 1.0,
+        "seed": 2**63,
+    },
     r"seed must be torch.int64 on cpu, got torch.int32": {
         "temperature": 1.0,
         "seed": torch.zeros(2).int(),
@@ -244,7 +250,7 @@ BROKEN = {
     r"out.exit must be torch.bool, got torch.int64": {
         "out": ExitDecision.empty(2, torch.device("cpu"))._replace(exit=torch.zeros(2).long())
     },
-    r"workspace must have at least 24 elements, got 23": {"workspace": torch.zeros(23)},
+    r"workspace must have at least 22 elements, got 21": {"workspace": torch.zeros(21)},
 }
 
 
@@ -259,12 +265,21 @@ def test_refuses(sentence):
     assert all(torch.all(x == 1) for x in out)  # nothing was written
 
 
-def test_is_inference_only():
-    h, head = torch.zeros(2, 4, requires_grad=True), torch.zeros(9, 4)
+@pytest.mark.parametrize("name", ["h", "head", "norm_weight", "threshold", "temperature"])
+def test_is_inference_only(name):
+    given = {"h": torch.zeros(2, 4), "head": torch.zeros(9, 4), "norm_weight": torch.ones(4)}
+    given |= {"threshold": torch.ones(2), "temperature": torch.ones(2)}
+    given[name].requires_grad_()
     with pytest.raises(RuntimeError, match="^exit_decision: is inference only"):
-        exit_decision(h, head, threshold=0.5)
+        exit_decision(**given)
     with torch.no_grad():
-        exit_decision(h, head, threshold=0.5)
+        exit_decision(**given)
+
+
+def test_any_number_is_a_threshold(provider, device):
+    h, head = inputs((2, 8, 20), torch.float32, device)
+    for threshold, exits in ((-1e300, True), (0, True), (1e39, False), (INF, False)):
+        assert exit_decision(h, head, threshold=threshold).exit.tolist() == [exits] * 2
 
 
 def test_opcheck(provider, device):

@@ -198,6 +198,21 @@ def test_threshold_that_is_not_a_number(provider, device):
 
 
 W, ONES = torch.ones(8), torch.ones(2)
+
+
+def test_thresholds_of_any_stride(device):
+    h, weight = random((4, 9), torch.float32, device), random((9,), torch.float32, device, seed=1)
+    bias = torch.zeros(1, device=device)
+    score = exit_gate(h, weight, bias, threshold=0.5)[0]
+    each = torch.stack((score, score + 1), dim=1)
+    for threshold, exits in (
+        (each[:, 0], True),
+        (each[:, 1], False),
+        (score.min().expand(4), True),
+    ):
+        assert exit_gate(h, weight, bias, threshold=threshold)[1].tolist() == [exits] * 4
+
+
 BROKEN = {
     r"h must be \[B, D\] with D >= 1, got \(8,\)": dict(h=W),
     r"h must be \[B, D\] with D >= 1, got \(2, 0\)": dict(h=torch.ones(2, 0)),
@@ -212,10 +227,13 @@ BROKEN = {
     r"gate_bias must be torch.float32, got torch.int64": dict(gate_bias=torch.tensor(1)),
     r"gate_bias must be on cpu, got meta": dict(gate_bias=torch.ones(1, device="meta")),
     r"threshold must not be NaN, got nan": dict(threshold=NAN),
-    r"threshold must be \(2,\), got \(1,\)": dict(threshold=torch.ones(1)),
-    r"threshold must be torch.float32, got torch.float64": dict(threshold=ONES.double()),
-    r"threshold must be on cpu, got meta": dict(threshold=torch.ones(2, device="meta")),
-    r"threshold must have last stride 1, got \(2,\)": dict(threshold=torch.ones(4)[::2]),
+    r"threshold must be a number or \(2,\), got \(1,\)": dict(threshold=torch.ones(1)),
+    r"threshold must be torch.float32 on cpu, got torch.float64 on cpu": dict(
+        threshold=ONES.double()
+    ),
+    r"threshold must be torch.float32 on cpu, got .* on meta": dict(
+        threshold=torch.ones(2, device="meta")
+    ),
     r"eps must be >= 0, got -1.0": dict(eps=-1.0),
     r"eps must be >= 0, got nan": dict(eps=NAN),
     r"score must be \(2,\), got \(1,\)": dict(out=(torch.ones(1), ONES.bool())),

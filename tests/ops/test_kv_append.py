@@ -177,6 +177,8 @@ BROKEN = {
     r"k_cache must be \(2, 4, 2, 8\), got \(3, 4,": broken(k_cache=torch.zeros(3, 4, 2, 8)),
     r"v_cache must be \(2, 4, 2, 8\), got \(2, 5,": broken(v_cache=torch.zeros(2, 5, 2, 8)),
     r"position must be \(2,\), got \(3,\)": broken(position=torch.zeros(3).long()),
+    r"position must be \(2,\), got \(\)": broken(position=torch.tensor(0)),
+    r"position must be \(2,\), got \(2, 3\)": broken(position=torch.zeros(2, 3).long()),
     r"position must be torch.int64, got torch.int32": broken(position=torch.zeros(2).int()),
     r"v must be torch.float32, got torch.float16": broken(v=torch.zeros(2, 1, 2, 8).half()),
     r"k_cache must be on cpu.*, got meta": broken(k_cache=torch.zeros(2, 4, 2, 8, device="meta")),
