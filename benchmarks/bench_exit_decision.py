@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lego.ops.exit_decision import exit_decision as reference
 from lego_kernels.ops.exit_decision import ExitDecision, exit_decision, exit_decision_workspace
-from tests.exit_decisions import check, inputs
+from tests.exit_decision_cases import check, inputs
 from tests.oracle import DEVICES
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lego.ops.rotary import rotary_tables
 from lego_kernels.ops.rope_kv_append import rope_kv_append
-from tests.ops.rope_kv_append_cases import check, run_reference
 from tests.oracle import DEVICES
+from tests.rope_kv_append_cases import check, run_reference
 
 
 class Case(NamedTuple):

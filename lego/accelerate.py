@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -38,9 +39,18 @@ class Layer:
 class Acceleration:
     """What accelerate() did. `layers` lists every layer; undo() puts the originals back."""
 
-    def __init__(self) -> None:
-        self.layers: list[Layer] = []
+    def __init__(self, layers: list[Layer]) -> None:
+        self.layers = layers
         self._undo: list[Callable[[], None]] = []
+
+    def swap(self, owner: nn.Module, attribute: str, new: object) -> None:
+        """Set an attribute of a module, and remember how to restore it."""
+        own = owner._modules if isinstance(new, nn.Module) else owner.__dict__
+        if attribute in own:
+            self._undo.append(partial(setattr, owner, attribute, own[attribute]))
+        else:
+            self._undo.append(partial(delattr, owner, attribute))
+        setattr(owner, attribute, new)
 
     def undo(self) -> None:
         """Restore the original instances; a second call does nothing."""
@@ -51,9 +61,9 @@ class Acceleration:
 def accelerate(model: nn.Module) -> Acceleration:
     """Swap each layer of the model that has a drop-in, in place; the model is then for inference.
 
-    A layer stays if its exact class has no drop-in, if its parameters are not float32, bfloat16 or
-    float16, if it has hooks, which a swap would lose, or if it is the model itself. A LegoModel
-    also gets caches that append and attend by kernels.
+    A layer stays if its exact class, or that of a layer in it, has no drop-in, if its parameters
+    are not float32, bfloat16 or float16, if it has hooks, which a swap would lose, or if it is the
+    model itself. A LegoModel also gets caches that append and attend by kernels.
     Raises: RuntimeError, before anything is swapped, if a layer is in training mode.
     """
     for name, layer in model.named_modules():
@@ -61,37 +71,41 @@ def accelerate(model: nn.Module) -> Acceleration:
             raise RuntimeError(
                 f"accelerate: model must be in eval mode, got {name or 'it'} in train"
             )
-    done = Acceleration()
-    drop_ins: dict[nn.Module, nn.Module] = {}  # a layer used twice is swapped for one drop-in
-    try:
-        _swap_children(model, "", done, drop_ins)
-        if isinstance(model, LegoModel):
-            _swap(model, "kv_cache_type", kernels.KVCache, done)
-    except BaseException:
-        done.undo()
-        raise
+    plan = _Plan()
+    plan.add_children(model, "")
+    if isinstance(model, LegoModel):
+        plan.swaps.append((model, "kv_cache_type", kernels.KVCache))
+    # only now: whatever can fail has been done
+    done = Acceleration(plan.layers)
+    for owner, attribute, new in plan.swaps:
+        done.swap(owner, attribute, new)
     return done
 
 
-def _swap_children(
-    parent: nn.Module, prefix: str, done: Acceleration, drop_ins: dict[nn.Module, nn.Module]
-) -> None:
-    for attribute, layer in list(parent._modules.items()):  # named_children skips repetitions
-        if layer is None:
-            continue
-        name = prefix + attribute
-        why_not = "" if layer in drop_ins else _why_not(layer)
-        if not why_not:
-            if layer not in drop_ins:
-                drop_ins[layer] = _DROP_INS[type(layer)](layer)
-            _swap(parent, attribute, drop_ins[layer], done)
-        else:
-            _swap_children(layer, f"{name}.", done, drop_ins)
-        if not why_not or any(True for _ in layer.parameters(recurse=False)):
-            report = Layer(
-                name=name, kind=type(layer).__name__, swapped=not why_not, why_not=why_not
-            )
-            done.layers.append(report)
+class _Plan:
+    """What to swap, and a report on every layer; nothing is changed yet."""
+
+    def __init__(self) -> None:
+        self.layers: list[Layer] = []
+        self.swaps: list[tuple[nn.Module, str, object]] = []
+        self._drop_ins: dict[nn.Module, nn.Module] = {}  # a layer used twice has one drop-in
+
+    def add_children(self, parent: nn.Module, prefix: str) -> None:
+        for attribute, layer in parent._modules.items():  # named_children skips repetitions
+            if layer is None:
+                continue
+            name, why_not = prefix + attribute, _why_not(layer)
+            if why_not:
+                self.add_children(layer, f"{name}.")
+            else:
+                if layer not in self._drop_ins:
+                    self._drop_ins[layer] = _DROP_INS[type(layer)](layer)
+                self.swaps.append((parent, attribute, self._drop_ins[layer]))
+            if not why_not or any(True for _ in layer.parameters(recurse=False)):
+                kind = type(layer).__name__
+                self.layers.append(
+                    Layer(name=name, kind=kind, swapped=not why_not, why_not=why_not)
+                )
 
 
 def _why_not(layer: nn.Module) -> str:
@@ -100,32 +114,18 @@ def _why_not(layer: nn.Module) -> str:
     if type(layer) not in _DROP_INS:
         return f"{type(layer).__name__} has no drop-in"
     inner = list(layer.modules())
+    strange = [type(m).__name__ for m in inner if type(m) not in _DROP_INS]
+    if strange:
+        # an adapter in a projection's place, say: the drop-in would take its weight alone
+        return f"it holds {strange[0]}, which has no drop-in"
     if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in inner):
         return "it has hooks, which a swap would lose"
     if isinstance(layer, (nn.RMSNorm, lego.layers.RMSNorm)) and (
         layer.weight is None or layer.weight.dim() != 1
     ):
         return "its weight is not [dim]"
-    if hasattr(layer, "parametrizations"):
-        return "it is parametrized"
     dtypes = {p.dtype for p in layer.parameters()}
     if not dtypes <= set(DTYPES):
         wrong = ", ".join(str(dtype) for dtype in dtypes - set(DTYPES))
         return f"its parameters are {wrong}; the kernels take float32, bfloat16 and float16"
     return ""
-
-
-def _swap(owner: nn.Module, attribute: str, new: object, done: Acceleration) -> None:
-    """Set an attribute, and remember how to restore it."""
-    missing = object()
-    own = owner._modules if isinstance(new, nn.Module) else owner.__dict__
-    before = own.get(attribute, missing)
-
-    def undo() -> None:
-        if before is missing:
-            delattr(owner, attribute)
-        else:
-            setattr(owner, attribute, before)
-
-    setattr(owner, attribute, new)
-    done._undo.append(undo)

@@ -1,9 +1,17 @@
 """What the tests of every op share: the devices to run on, and how close is close enough."""
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+CUDA_SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
+NEEDS_NVCC = pytest.mark.skipif(
+    shutil.which("nvcc") is None, reason="needs nvcc, which is not on PATH"
+)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 # what a kernel may err beyond twice eager's error, relative to the largest exact value: half a unit
@@ -34,3 +42,12 @@ def assert_error_bounded(got: Tensor, eager: Tensor, exact: Tensor, *, floor: fl
     error = (got.double() - exact).abs().max().item()
     bound = 2 * (eager.double() - exact).abs().max().item() + floor
     assert error <= bound, f"error {error:.3g} is above {bound:.3g}"
+
+
+def run_on_host(program: str, folder: Path) -> None:
+    """Compile a program that includes device code, and run it on the CPU; its asserts decide."""
+    source = folder / "program.cu"
+    source.write_text(program)
+    command = ["nvcc", "-I", CUDA_SOURCES, "-o", folder / "program", source]
+    subprocess.run(command, check=True)
+    subprocess.run([folder / "program"], check=True)

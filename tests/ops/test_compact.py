@@ -1,9 +1,5 @@
 """compact: the reference against a loop, and the kernels against the reference."""
 
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +7,7 @@ from hypothesis import strategies as st
 
 from lego.ops.compact import compact as reference
 from lego_kernels.ops.compact import compact
-from tests.oracle import DEVICES
+from tests.oracle import DEVICES, NEEDS_NVCC, run_on_host
 
 OP = "compact"
 BOTH = pytest.mark.parametrize("op", [reference, compact], ids=["reference", "wrapper"])
@@ -174,10 +170,6 @@ int main() {
 """
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, which is not on PATH")
+@NEEDS_NVCC
 def test_device_helpers_on_the_host(tmp_path):
-    source, program = tmp_path / "helpers.cu", tmp_path / "helpers"
-    source.write_text(HELPERS)
-    csrc = Path(__file__).parents[2] / "csrc" / "cuda"
-    subprocess.run(["nvcc", "-I", csrc, "-o", program, source], check=True)
-    subprocess.run([program], check=True)
+    run_on_host(HELPERS, tmp_path)

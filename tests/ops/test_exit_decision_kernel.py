@@ -14,7 +14,7 @@ from lego_kernels.ops.exit_decision import (
     exit_decision,
     exit_decision_workspace,
 )
-from tests.exit_decisions import check, inputs
+from tests.exit_decision_cases import check, inputs
 from tests.oracle import assert_same_bits, random
 
 OP = "exit_decision"

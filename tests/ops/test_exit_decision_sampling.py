@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lego.ops.gumbel import gumbel, philox
 from lego_kernels.ops.exit_decision import exit_decision, exit_decision_workspace
-from tests.exit_decisions import check, inputs, logits_of
+from tests.exit_decision_cases import check, inputs, logits_of
 from tests.oracle import assert_same_bits
 
 OP = "exit_decision"

@@ -7,7 +7,7 @@ import torch
 
 import lego_kernels.ops.exit_decision as op
 from lego.ops.gumbel import gumbel
-from tests.exit_decisions import check, inputs
+from tests.exit_decision_cases import check, inputs
 from tests.oracle import random
 from tests.triton_compile import ARCHITECTURES, Compiled, Spec, compile_specs
 

@@ -1,9 +1,5 @@
 """kv_append, compiled and plain torch, against the reference in lego.ops: byte for byte."""
 
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +8,7 @@ from torch import Tensor
 
 from lego.ops.kv_append import kv_append as reference
 from lego_kernels.ops.kv_append import _kv_append_torch, kv_append
-from tests.oracle import DEVICES, assert_same_bits, random
+from tests.oracle import DEVICES, NEEDS_NVCC, assert_same_bits, random, run_on_host
 
 pytestmark = pytest.mark.threads
 
@@ -299,10 +295,6 @@ int main() {
 """
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, which is not on PATH")
+@NEEDS_NVCC
 def test_device_helpers_on_the_host(tmp_path):
-    source, program = tmp_path / "helpers.cu", tmp_path / "helpers"
-    source.write_text(HELPERS)
-    csrc = Path(__file__).parents[2] / "csrc" / "cuda"
-    subprocess.run(["nvcc", "-I", csrc, "-o", program, source], check=True)
-    subprocess.run([program], check=True)
+    run_on_host(HELPERS, tmp_path)

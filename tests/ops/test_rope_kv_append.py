@@ -5,8 +5,8 @@ import cmath
 import pytest
 import torch
 
-from tests.ops.rope_kv_append_cases import SHAPES, WRITTEN, make, run_reference
 from tests.oracle import random
+from tests.rope_kv_append_cases import SHAPES, WRITTEN, make, run_reference
 
 
 def turned(head, cos, sin, norm, eps):

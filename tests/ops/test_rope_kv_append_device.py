@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ops.rope_kv_append_cases import SHAPES, WRITTEN, Shape, check, expected, make
 from tests.oracle import FLOORS, assert_same_bits
+from tests.rope_kv_append_cases import SHAPES, WRITTEN, Shape, check, expected, make
 
 pytestmark = pytest.mark.skipif(
     shutil.which("nvcc") is None, reason="needs nvcc, which is not on PATH"

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from lego_kernels.ops import rope_kv_append as module
 from lego_kernels.ops.rope_kv_append import rope_kv_append
-from tests.ops.rope_kv_append_cases import (
+from tests.oracle import DEVICES, FLOORS, assert_same_bits
+from tests.rope_kv_append_cases import (
     SHAPES,
     WRITTEN,
     Shape,
@@ -16,7 +17,6 @@ from tests.ops.rope_kv_append_cases import (
     make,
     run_reference,
 )
-from tests.oracle import DEVICES, FLOORS, assert_same_bits
 
 OP = "rope_kv_append"
 DTYPES = pytest.mark.parametrize("dtype", FLOORS, ids=str)

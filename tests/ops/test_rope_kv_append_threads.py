@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lego_kernels.ops.rope_kv_append import rope_kv_append
-from tests.ops.rope_kv_append_cases import WRITTEN, Shape, check, make
 from tests.oracle import FLOORS, assert_same_bits
+from tests.rope_kv_append_cases import WRITTEN, Shape, check, make
 
 pytestmark = pytest.mark.threads
 # 320 tokens of 768 values: 15 threads' worth
