@@ -64,7 +64,7 @@ def _exit_decision_torch(
         assert seed is not None and offset is not None
         score = logits + temperature.reshape(-1, 1) * gumbel(seed, offset, vocab_size)
     token.copy_(score.argmax(dim=-1))
-    confidence.copy_(_confidence(logits, criterion))
+    confidence.copy_(confidence_of(logits, criterion))
     lse.copy_(logits.logsumexp(dim=-1))
     exit.copy_(confidence >= threshold)
 
@@ -79,7 +79,7 @@ def _check_values(threshold: Tensor, temperature: Tensor | None) -> None:
             )
 
 
-def _confidence(logits: Tensor, criterion: str) -> Tensor:
+def confidence_of(logits: Tensor, criterion: str) -> Tensor:
     V = logits.size(1)
     logp = logits.log_softmax(dim=-1)
     if criterion == "entropy":

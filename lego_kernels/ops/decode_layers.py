@@ -1,0 +1,34 @@
+"""Transformer layers on a chunk of tokens in one call: the decode step's main part on the CPU.
+
+Native: csrc/cpu/decode_layers.cpp. There is no plain torch form, since the weights come as a table
+of addresses; lego_kernels.decoder holds what they point to, and is what to use. Shape letters:
+L layers, N tokens of the chunk, D width, B rows, S slots, K key/value heads, E head width.
+"""
+
+import torch
+from torch import Tensor
+
+from lego_kernels.library import LIB
+
+# what a row of the table points to; LayerWeights in C++ is the same. 0 for a weight that is not there
+FIELDS = (
+    "attention_norm",  # [D]
+    "in_proj",  # queries, then keys, then values, as far as the layer makes them: [heads * E, D]
+    "in_bias",  # [heads * E]
+    "q_norm",  # [E]
+    "k_norm",  # [E]
+    "o_proj",  # [D, query heads * E]
+    "mlp_norm",  # [D]
+    "gate_up",  # [2 * hidden, D]
+    "down",  # [D, hidden]
+)
+# columns of `tokens`
+SOURCE, ROW, POSITION, SLOT = range(4)
+
+LIB.define(
+    "decode_layers(Tensor layers, Tensor tokens, Tensor source, Tensor(a!) h, Tensor(b!)? states, "
+    "Tensor(c!) k_cache, Tensor(d!) v_cache, Tensor cos, Tensor sin, int num_heads, bool own_kv, "
+    "int hidden_dim, float eps, Tensor(e!) workspace) -> ()"
+)
+torch.library.register_fake("lego_kernels::decode_layers", lambda *arguments: None, lib=LIB)
+decode_layers = torch.ops.lego_kernels.decode_layers.default
