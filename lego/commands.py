@@ -23,7 +23,7 @@ from lego.generation import GeneratedToken, generate
 from lego.plots import save_plots
 from lego.run_folder import RunFolder
 from lego.sampling import Sampling
-from lego.strategies import EarlyExit, FullDepth, Strategy, Uncached
+from lego.strategies import EarlyExit, FullDepth, Speculative, Strategy, Uncached
 from lego.terminal import ShadedText, TrainingDisplay, legend, print_evaluation, print_results
 from lego.timed_generation import prompt_windows
 
@@ -39,11 +39,14 @@ class Generate:
     Attributes:
         run: Folder of the run.
         prompt: Text to continue.
-        mode: early-exit decides per token, full runs all layers, uncached also recomputes the past.
+        mode: early-exit decides per token, full runs all layers, speculative gives the same tokens
+            from drafts of the lower layers, uncached also recomputes the past.
         max_new_tokens: Tokens to generate at most; the end-of-text token stops earlier.
-        criterion: Confidence measure of early-exit; the run's own if None.
+        criterion: Confidence measure of early-exit and speculative; the run's own if None.
         threshold: Exit at this confidence or above; the calibrated one if None.
         kv_policy: What an exited token leaves in the upper caches; the run's own if None.
+        draft_tokens: Tokens that speculative drafts at most before it verifies them.
+        stop_confidence: speculative drafts no further below this confidence.
         temperature: 0 is greedy.
         top_k: Keep the k most likely tokens; 0 keeps all.
         top_p: Keep the most likely tokens up to this probability.
@@ -55,11 +58,13 @@ class Generate:
 
     run: tyro.conf.Positional[Path]
     prompt: str
-    mode: Literal["early-exit", "full", "uncached"] = "early-exit"
+    mode: Literal["early-exit", "full", "speculative", "uncached"] = "early-exit"
     max_new_tokens: int = 64
     criterion: Criterion | None = None
     threshold: float | None = None
     kv_policy: KVPolicy | None = None
+    draft_tokens: int = 4
+    stop_confidence: float = 0.5
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -198,6 +203,12 @@ def _strategy(options: Generate, checkpoint: Checkpoint) -> Strategy:
         return FullDepth()
     exit_config = RunFolder(options.run).config().exit
     criterion, threshold = options.criterion or exit_config.criterion, options.threshold
+    if options.mode == "speculative":
+        return Speculative(
+            draft_tokens=options.draft_tokens,
+            stop_confidence=options.stop_confidence,
+            criterion=criterion,
+        )
     if threshold is None:
         calibrated = checkpoint.calibration.threshold if checkpoint.calibration else {}
         if criterion not in calibrated:

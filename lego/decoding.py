@@ -1,4 +1,4 @@
-"""One decode step at a time: the caches, the exit decision, and what an exited token leaves.
+"""One decode step at a time: logits from given tokens, and tokens from those logits.
 
 This is the readable definition that faster engines are tested against. The lower block runs for
 all rows together; the upper block runs only for rows that stay, adjacent rows that owe equally
@@ -10,43 +10,44 @@ many tokens together.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from lego.config import KVPolicy
+from lego.cached_blocks import CachedBlocks
+from lego.counts import Counts
 from lego.model import LegoModel
 from lego.ops.exit_decision import softmax_confidence
+from lego.sampling import Sampling, draw
 from lego.strategies import EarlyExit, FullDepth, Uncached
 
 
-@dataclass
-class Counts:
-    """Calls actually made, counted where they are made. A layer call is one layer on one token.
+class GeneratedToken(NamedTuple):
+    """One new token, as a streamer sees it."""
 
-    *_passes count how often a weight was read from memory: once a call, however many tokens share
-    it. kv_slots counts cache slots read, over layers.
-    """
+    row: int
+    token: int
+    exit_layer: int  # layers it ran
+    confidence: float  # the criterion's value at the exit; NaN where no decision was made
 
-    lower_layer_calls: int = 0
-    upper_layer_calls: int = 0
-    upper_kv_calls: int = 0  # tokens whose upper K/V were projected apart from a layer call
-    head_calls: int = 0
-    gate_calls: int = 0
-    lower_passes: int = 0
-    upper_passes: int = 0
-    upper_kv_passes: int = 0
-    head_passes: int = 0
-    gate_passes: int = 0
-    kv_slots: int = 0
 
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
-        )
+class TokenDecoder(Protocol):
+    """Continues prompts by tokens of its own choice. A row keeps its number to the end."""
+
+    @property
+    def counts(self) -> Counts:
+        """All calls made up to now."""
+
+    def prefill(self, prompts: Sequence[Tensor]) -> None:
+        """Take one prompt a row, int64 [T] with T >= 1; the last id waits for the first step."""
+
+    def step(self) -> list[GeneratedToken]:
+        """One step of all rows that go on, in ascending order; a row may yield several tokens."""
+
+    def finish(self, rows: Sequence[int]) -> None:
+        """These rows yield no more; the others do not notice."""
 
 
 class Step(NamedTuple):
@@ -57,14 +58,49 @@ class Step(NamedTuple):
     confidence: list[float]  # the criterion's value; NaN where no decision was made
 
 
-class Decoder(Protocol):
-    """Consumes prompts, then one token a row and step."""
+class LogitsDecoder(Protocol):
+    """Consumes prompts, then one given token a row and step."""
 
-    counts: Counts
-
+    @property
+    def counts(self) -> Counts: ...
     def prefill(self, prompts: Sequence[Tensor]) -> None: ...
     def step(self, token_B: Tensor) -> Step: ...
     def keep(self, rows: list[int]) -> None: ...
+
+
+class DrawingDecoder:
+    """A TokenDecoder that draws one token a row from the logits of every step."""
+
+    def __init__(self, decoder: LogitsDecoder, sampling: Sampling) -> None:
+        self._decoder, self._sampling = decoder, sampling
+        self._rows: list[int] = []  # those that go on
+        self._positions: list[int] = []  # of the token that each will draw next
+        self._token_B = torch.empty(0, dtype=torch.int64)  # the input of the next step
+
+    @property
+    def counts(self) -> Counts:
+        return self._decoder.counts
+
+    def prefill(self, prompts: Sequence[Tensor]) -> None:
+        self._decoder.prefill([ids_T[:-1] for ids_T in prompts])
+        self._rows = list(range(len(prompts)))
+        self._positions = [len(ids_T) for ids_T in prompts]
+        self._token_B = torch.stack([ids_T[-1] for ids_T in prompts])
+
+    def step(self) -> list[GeneratedToken]:
+        step = self._decoder.step(self._token_B)
+        tokens = draw(step.logits_BV, self._sampling, self._rows, self._positions)
+        self._token_B = self._token_B.new_tensor(tokens)
+        self._positions = [position + 1 for position in self._positions]
+        new = zip(self._rows, tokens, step.exit_layer, step.confidence, strict=True)
+        return [GeneratedToken(*values) for values in new]
+
+    def finish(self, rows: Sequence[int]) -> None:
+        kept = [i for i, row in enumerate(self._rows) if row not in rows]
+        self._decoder.keep(kept)
+        self._rows = [self._rows[i] for i in kept]
+        self._positions = [self._positions[i] for i in kept]
+        self._token_B = self._token_B[kept]
 
 
 class UncachedDecoder:
@@ -107,198 +143,64 @@ class UncachedDecoder:
         self._ids = [self._ids[row] for row in rows]
 
 
-@dataclass
-class _Row:
-    """How far one sequence has come."""
-
-    position: int = 0  # of the next token
-    upper_len: int = 0  # slots filled in the upper caches
-
-
 class CachedDecoder:
-    """Full-depth and early-exit decoding over preallocated caches.
-
-    A token that exits owes the upper caches its keys and values. They are filled in when the next
-    deep token of its row comes, all that are owed in one call, by the rule of the KV policy.
-    """
+    """Full-depth and early-exit decoding over preallocated caches."""
 
     def __init__(
         self, model: LegoModel, strategy: FullDepth | EarlyExit, num_rows: int, num_slots: int
     ) -> None:
-        config, like = model.config, model.embedding.weight.detach()
+        policy = strategy.policy_for(model) if isinstance(strategy, EarlyExit) else None
         self.model, self.strategy = model, strategy
-        self.counts = Counts()
-        if isinstance(strategy, EarlyExit):
-            self._policy: KVPolicy = strategy.policy_for(model)
-        else:
-            is_exit_state = model.upper and config.upper_kv == "exit_state"
-            self._policy = "exact" if is_exit_state else "recompute"
-        self._rows = [_Row() for _ in range(num_rows)]
-        shape = (num_rows, num_slots, config.num_kv_heads, config.head_dim)
-        allocate = model.kv_cache_type.allocate
-        self._lower_cache = allocate(config.exit_layer, *shape, like=like)
-        self._upper_cache = allocate(config.num_upper_layers, *shape, like=like)
-        self._exit_states = like.new_zeros(num_rows, num_slots, config.dim)
+        self.blocks = CachedBlocks(model, num_rows, num_slots, policy)
+
+    @property
+    def counts(self) -> Counts:
+        return self.blocks.counts
+
+    def prefill(self, prompts: Sequence[Tensor]) -> None:
+        """Take one prompt a row, int64 [T] with T >= 0; see CachedBlocks.prefill."""
+        self.blocks.prefill(prompts)
 
     def keep(self, rows: list[int]) -> None:
         """Go on with the given rows alone: the others have finished."""
-        row_R = self._tensor(rows)
-        self._rows = [self._rows[row] for row in rows]
-        self._lower_cache = self._lower_cache.keep(row_R)
-        self._upper_cache = self._upper_cache.keep(row_R)
-        self._exit_states = self._exit_states[row_R]
-
-    def prefill(self, prompts: Sequence[Tensor]) -> None:
-        """Take one prompt a row, int64 [T] with T >= 0, row by row.
-
-        Models with own upper K/V run the prompt at full depth. Exit-state models run the lower
-        block alone; their prompt owes its upper K/V like any exited token.
-        """
-        for index, ids_T in enumerate(prompts):
-            if len(ids_T) == 0:
-                continue
-            rows, row = slice(index, index + 1), self._rows[index]
-            self._lower(ids_T[None], rows)
-            row.position = len(ids_T)
-            if self.model.upper and self.model.config.upper_kv == "own":
-                self._upper(*self._owed(rows, len(ids_T)), rows)
-                row.upper_len = len(ids_T)
+        self.blocks.keep(rows)
 
     def step(self, token_B: Tensor) -> Step:
         """Consume one token a row; yield the logits of the next."""
-        config = self.model.config
-        exit_state_BD = self._lower(token_B[:, None], slice(0, len(self._rows)))[:, 0]
-        for row in self._rows:
-            row.position += 1
+        blocks, config = self.blocks, self.model.config
+        exit_state_BD = blocks.lower(token_B[:, None], slice(0, len(blocks.rows)))[:, 0]
         logits_BV, confidence_B, exits_B = self._decide(exit_state_BD)
         exits = exits_B.tolist()
-        for rows, num_owed in self._deep_groups(exits):
-            logits_BV[rows] = self._run_deep(rows, num_owed)
+        for rows in self._deep_groups(exits):
+            logits_BV[rows] = blocks.final_logits(blocks.upper(rows)[:, 0])
         depth = [config.exit_layer if exit_ else config.num_layers for exit_ in exits]
         return Step(logits_BV, depth, confidence_B.tolist())
 
     def _decide(self, h_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(logits_BV, confidence_B, exits_B); the logits are set for the rows that exit."""
-        model, strategy = self.model, self.strategy
+        blocks, strategy = self.blocks, self.strategy
         if not isinstance(strategy, EarlyExit):
             nothing = h_BD.new_full((len(h_BD),), math.nan)
-            return h_BD.new_empty(len(h_BD), model.config.vocab_size), nothing, nothing > 0
+            return h_BD.new_empty(len(h_BD), self.model.config.vocab_size), nothing, nothing > 0
         if strategy.criterion != "gate":
-            logits_BV = self._head(model.exit_logits, h_BD)
+            logits_BV = blocks.exit_logits(h_BD)
             confidence_B = softmax_confidence(logits_BV, strategy.criterion)
             return logits_BV, confidence_B, confidence_B >= strategy.threshold
-        confidence_B = model.gate_score(h_BD)
+        confidence_B = blocks.gate_score(h_BD)
         exits_B = confidence_B >= strategy.threshold
-        self.counts.gate_calls += len(h_BD)
-        self.counts.gate_passes += 1
-        logits_BV = h_BD.new_empty(len(h_BD), model.config.vocab_size)
+        logits_BV = h_BD.new_empty(len(h_BD), self.model.config.vocab_size)
         if exits_B.any():
-            logits_BV[exits_B] = self._head(model.exit_logits, h_BD[exits_B])
+            logits_BV[exits_B] = blocks.exit_logits(h_BD[exits_B])
         return logits_BV, confidence_B, exits_B
 
-    def _deep_groups(self, exits: list[bool]) -> Iterator[tuple[slice, int]]:
-        """Adjacent rows that stay and owe equally many tokens, with that number."""
-        start = 0
+    def _deep_groups(self, exits: list[bool]) -> Iterator[slice]:
+        """Adjacent rows that stay and owe equally many tokens."""
+        owed, start = self.blocks.num_owed, 0
         while start < len(exits):
             stop = start + 1
             if not exits[start]:
-                num_owed = self._num_owed(start)
-                while stop < len(exits) and not exits[stop] and self._num_owed(stop) == num_owed:
+                num_owed = owed(start)
+                while stop < len(exits) and not exits[stop] and owed(stop) == num_owed:
                     stop += 1
-                yield slice(start, stop), num_owed
+                yield slice(start, stop)
             start = stop
-
-    def _num_owed(self, row: int) -> int:
-        """Tokens without upper K/V, the newest included; a hole is never filled."""
-        if self._policy == "hole":
-            return 1
-        return self._rows[row].position - self._rows[row].upper_len
-
-    def _run_deep(self, rows: slice, num_owed: int) -> Tensor:
-        """Final logits [R, V] of the newest token of each row; settles what the rows owe."""
-        chunk_BTD, position_BT = self._owed(rows, num_owed)
-        if self._policy in ("exact", "propagate"):
-            chunk_BTD, position_BT = self._fill_upper_kv(chunk_BTD, position_BT, rows)
-        final_BTD = self._upper(chunk_BTD, position_BT, rows)
-        for row in self._rows[rows]:
-            row.upper_len += chunk_BTD.size(1)
-        return self._head(self.model.final_logits, final_BTD[:, -1])
-
-    def _owed(self, rows: slice, num_owed: int) -> tuple[Tensor, Tensor]:
-        """Exit states [R, T, D] and positions [R, T] of the newest T tokens of each row."""
-        first_B = self._tensor([row.position - num_owed for row in self._rows[rows]])
-        position_BT = first_B[:, None] + torch.arange(num_owed, device=self.model.device)
-        row_B1 = torch.arange(len(first_B), device=self.model.device)[:, None]
-        return self._exit_states[rows][row_B1, position_BT], position_BT
-
-    def _fill_upper_kv(
-        self, chunk_BTD: Tensor, position_BT: Tensor, rows: slice
-    ) -> tuple[Tensor, Tensor]:
-        """Project upper K/V from exit states; return what is still to run, the newest token.
-
-        `exact` fills in the newest token too, since it may not project its own. `propagate` leaves
-        it to the layers.
-        """
-        exact = self._policy == "exact"
-        filled = slice(None) if exact else slice(0, -1)
-        num_filled = position_BT[:, filled].size(1)
-        if num_filled > 0:
-            per_layer = self._project_upper_kv(chunk_BTD[:, filled], position_BT[:, filled])
-            cache, slot_B = self._upper_cache.rows(rows), self._upper_slots(rows)
-            for layer, kv in enumerate(per_layer):
-                cache.append(layer, kv, slot_B)
-            self.counts.upper_kv_calls += position_BT[:, filled].numel()
-            self.counts.upper_kv_passes += 1
-        for row in self._rows[rows]:
-            row.upper_len += position_BT.size(1) - 1
-        return chunk_BTD[:, -1:], position_BT[:, -1:]
-
-    def _project_upper_kv(
-        self, chunk_BTD: Tensor, position_BT: Tensor
-    ) -> list[tuple[Tensor, Tensor]]:
-        if self._policy == "exact":
-            return self.model.upper_kv(chunk_BTD, position_BT)
-        angles = self.model.rotary(position_BT)
-        return [
-            block.attention.project_kv(block.attention_norm(chunk_BTD), angles)
-            for block in self.model.upper
-        ]
-
-    def _lower(self, ids_BT: Tensor, rows: slice) -> Tensor:
-        """Run the lower block on new tokens and remember their exit states [B, T, D]."""
-        num_layers, num_new = len(self.model.lower), ids_BT.size(1)
-        slot_B = self._tensor([row.position for row in self._rows[rows]])
-        position_BT = slot_B[:, None] + torch.arange(num_new, device=self.model.device)
-        cache = self._lower_cache.rows(rows)
-        exit_state_BTD = self.model.run_lower(
-            ids_BT, position_BT, lambda layer: cache.attend(layer, slot_B)
-        )
-        row_B1 = torch.arange(len(slot_B), device=self.model.device)[:, None]
-        self._exit_states[rows][row_B1, position_BT] = exit_state_BTD
-        self.counts.lower_layer_calls += num_layers * ids_BT.numel()
-        self.counts.lower_passes += num_layers
-        self.counts.kv_slots += num_layers * sum(r.position + num_new for r in self._rows[rows])
-        return exit_state_BTD
-
-    def _upper(self, chunk_BTD: Tensor, position_BT: Tensor, rows: slice) -> Tensor:
-        """Run the upper block on a chunk whose K/V go to (or lie in) the next upper slots."""
-        num_layers, num_new = len(self.model.upper), position_BT.size(1)
-        slot_B, cache = self._upper_slots(rows), self._upper_cache.rows(rows)
-        final_BTD = self.model.run_upper(
-            chunk_BTD, position_BT, lambda layer: cache.attend(layer, slot_B)
-        )
-        self.counts.upper_layer_calls += num_layers * position_BT.numel()
-        self.counts.upper_passes += num_layers
-        self.counts.kv_slots += num_layers * sum(r.upper_len + num_new for r in self._rows[rows])
-        return final_BTD
-
-    def _head(self, logits: Callable[[Tensor], Tensor], state_BD: Tensor) -> Tensor:
-        self.counts.head_calls += len(state_BD)
-        self.counts.head_passes += 1
-        return logits(state_BD)
-
-    def _upper_slots(self, rows: slice) -> Tensor:
-        return self._tensor([row.upper_len for row in self._rows[rows]])
-
-    def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.model.device)

@@ -2,9 +2,111 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+from lego.counts import Counts
+from lego.decoding import GeneratedToken
+from lego.generation import Engine, ReferenceEngine
 from lego.layers import Block
 from lego.model import LegoModel
+from lego.sampling import Sampling
+from lego.strategies import EarlyExit, Speculative, Strategy, Uncached
+from lego_kernels import library
+from lego_kernels.decoder import sampling as kernels
+from lego_kernels.decoder.decoder import Decoder
+from lego_kernels.decoder.speculative import SpeculativeDecoder
 from lego_kernels.decoder.weights import DecoderWeights, Gate, LayerWeights, UpperKV
+from lego_kernels.validation import DTYPES
+
+EngineName = Literal["auto", "reference", "native"]
+
+
+class NativeEngine:
+    """Decodes by native CPU kernels; generate(..., engine=NativeEngine(model)).
+
+    Reads the model's parameters where they lie: what training writes to them shows here, but not a
+    parameter put in another's place, as model.to(dtype) does.
+    Raises: RuntimeError if the CPU kernels are not loaded; ValueError if the model is not on the
+        CPU or not float32, bfloat16 or float16.
+    """
+
+    def __init__(self, model: LegoModel) -> None:
+        if library.NOT_LOADED["CPU"]:
+            raise RuntimeError(
+                f"NativeEngine: the CPU kernels must be loaded, got {library.NOT_LOADED['CPU']}"
+            )
+        if model.device.type != "cpu":
+            raise ValueError(f"NativeEngine: the model must be on the CPU, got {model.device}")
+        self.model = model
+        self.weights = decoder_weights(model)
+
+    def decoder(
+        self, strategy: Strategy, sampling: Sampling, num_rows: int, num_slots: int
+    ) -> NativeTokens:
+        """Contract of lego.generation.Engine.decoder; Uncached has no native form: ValueError."""
+        how = kernels.Sampling(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+        )
+        decoder: Decoder | SpeculativeDecoder
+        if isinstance(strategy, Uncached):
+            raise ValueError(f"NativeEngine: strategy must use caches, got {strategy}")
+        if isinstance(strategy, Speculative):
+            decoder = SpeculativeDecoder(
+                self.weights,
+                num_rows,
+                num_slots,
+                draft_tokens=strategy.draft_tokens,
+                stop_confidence=strategy.stop_confidence,
+                criterion=strategy.criterion,
+                sampling=how,
+            )
+        elif isinstance(strategy, EarlyExit):
+            decoder = Decoder(
+                self.weights,
+                num_rows,
+                num_slots,
+                threshold=strategy.threshold,
+                criterion=strategy.criterion,
+                kv_policy=strategy.kv_policy,
+                sampling=how,
+            )
+        else:
+            decoder = Decoder(self.weights, num_rows, num_slots, sampling=how)
+        return NativeTokens(decoder)
+
+
+class NativeTokens:
+    """A decoder of lego_kernels as a lego.decoding.TokenDecoder."""
+
+    def __init__(self, decoder: Decoder | SpeculativeDecoder) -> None:
+        self._decoder = decoder
+        self.prefill = decoder.prefill
+        self.finish = decoder.finish
+
+    @property
+    def counts(self) -> Counts:
+        return Counts(**vars(self._decoder.counts))
+
+    def step(self) -> list[GeneratedToken]:
+        return list(map(GeneratedToken._make, self._decoder.step()))
+
+
+def engine_for(model: LegoModel, strategy: Strategy, name: EngineName) -> Engine:
+    """The engine of that name; `auto` is native where that serves the model and the strategy.
+
+    Raises: RuntimeError or ValueError if `native` does not serve the model.
+    """
+    served = (
+        not library.NOT_LOADED["CPU"]
+        and model.device.type == "cpu"
+        and model.embedding.weight.dtype in DTYPES
+        and not isinstance(strategy, Uncached)
+    )
+    native = name == "native" or (name == "auto" and served)
+    return NativeEngine(model) if native else ReferenceEngine(model)
 
 
 def decoder_weights(model: LegoModel) -> DecoderWeights:

@@ -1,30 +1,30 @@
-"""Generation with the reference model: one signature for every strategy."""
+"""Generation: one signature for every strategy and engine."""
 
 # Shape letters: B = rows, T = prompt tokens.
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lego.decoding import CachedDecoder, Counts, Decoder, UncachedDecoder
+from lego.counts import Counts
+from lego.decoding import (
+    CachedDecoder,
+    DrawingDecoder,
+    GeneratedToken,
+    LogitsDecoder,
+    TokenDecoder,
+    UncachedDecoder,
+)
 from lego.model import LegoModel
-from lego.sampling import Sampler, Sampling
-from lego.strategies import Strategy, Uncached
-
-
-@dataclass(frozen=True, kw_only=True)
-class GeneratedToken:
-    """One new token, as a streamer sees it."""
-
-    row: int
-    token: int
-    exit_layer: int  # layers it ran
-    confidence: float  # the criterion's value at the exit; NaN where no decision was made
+from lego.sampling import Sampling
+from lego.speculation import SpeculativeDecoder
+from lego.strategies import Speculative, Strategy, Uncached
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,41 @@ class GenerationOutput:
 Streamer = Callable[[GeneratedToken], None]
 
 
+class Engine(Protocol):
+    """What decodes for generate()."""
+
+    @property
+    def model(self) -> LegoModel: ...
+
+    def decoder(
+        self, strategy: Strategy, sampling: Sampling, num_rows: int, num_slots: int
+    ) -> TokenDecoder:
+        """A new decoder for num_rows prompts; inputs take positions in [0, num_slots).
+
+        Raises: ValueError if the strategy does not fit the model.
+        """
+
+
+@dataclass(frozen=True)
+class ReferenceEngine:
+    """Decodes with the layers of the model as they are."""
+
+    model: LegoModel
+
+    def decoder(
+        self, strategy: Strategy, sampling: Sampling, num_rows: int, num_slots: int
+    ) -> TokenDecoder:
+        """Contract of Engine.decoder."""
+        if isinstance(strategy, Speculative):
+            return SpeculativeDecoder(self.model, strategy, sampling, num_rows, num_slots)
+        decoder: LogitsDecoder
+        if isinstance(strategy, Uncached):
+            decoder = UncachedDecoder(self.model, strategy)
+        else:
+            decoder = CachedDecoder(self.model, strategy, num_rows, num_slots)
+        return DrawingDecoder(decoder, sampling)
+
+
 @torch.no_grad()
 def generate(
     model: LegoModel,
@@ -63,63 +98,69 @@ def generate(
     sampling: Sampling | None = None,
     stop_tokens: Sequence[int] = (),
     streamer: Streamer | None = None,
+    engine: Engine | None = None,
 ) -> GenerationOutput:
     """Generate up to max_new_tokens for every prompt; prompts may differ in length.
 
     A row ends after a stop token, which it keeps, or after max_new_tokens. The streamer is called
-    once a token, in the order of steps, then rows. Greedy without `sampling`.
+    once a token, in the order of steps, then rows; an exception in it ends generation. Greedy
+    without `sampling`, the reference without an `engine`.
     Raises: ValueError, before anything runs, if there is no prompt, a prompt is empty, an id is
-    not in [0, vocab_size), prompt and new tokens exceed max_seq_len, max_new_tokens is negative
-    or the strategy does not fit the model.
+    not in [0, vocab_size), prompt and new tokens exceed max_seq_len, max_new_tokens is negative,
+    the strategy does not fit the model or the engine is of another model; FloatingPointError if
+    a token is to be drawn from logits with a NaN.
     """
     prompts = _check(model, prompt_ids, max_new_tokens)
-    stop = frozenset(stop_tokens)
-    decoder = _decoder(model, strategy, prompts, max_new_tokens)
-    sampler = Sampler(sampling or Sampling(), len(prompts))
+    engine = ReferenceEngine(model) if engine is None else engine
+    if engine.model is not model:
+        raise ValueError("generate: engine.model must be the model, got another one")
+    # the last new token of a row is never an input
+    num_slots = max(len(ids_T) for ids_T in prompts) + max(max_new_tokens, 1) - 1
+    decoder = engine.decoder(strategy, sampling or Sampling(), len(prompts), num_slots)
     start = perf_counter()
-    decoder.prefill([ids[:-1] for ids in prompts])
-    prefill, decoder.counts = decoder.counts, Counts()
+    decoder.prefill(prompts)
+    prefill = replace(decoder.counts)
     prefilled = perf_counter()
-    rows: list[list[GeneratedToken]] = [[] for _ in prompts]
-    alive = list(range(len(prompts))) if max_new_tokens > 0 else []
-    token_B = torch.stack([ids[-1] for ids in prompts])
-    while alive:
-        step = decoder.step(token_B)
-        drawn = sampler.draw(step.logits_BV, alive)
-        going = []
-        for i, (row, token) in enumerate(zip(alive, drawn, strict=True)):
-            new = GeneratedToken(
-                row=row, token=token, exit_layer=step.exit_layer[i], confidence=step.confidence[i]
-            )
-            rows[row].append(new)
-            if streamer is not None:
-                streamer(new)
-            if token not in stop and len(rows[row]) < max_new_tokens:
-                going.append(i)
-        if len(going) < len(alive):
-            decoder.keep(going)
-        alive = [alive[i] for i in going]
-        token_B = torch.tensor([drawn[i] for i in going], dtype=torch.int64, device=model.device)
+    rows = _decode(decoder, len(prompts), max_new_tokens, frozenset(stop_tokens), streamer)
+    decoded = perf_counter()
     return GenerationOutput(
         tokens=[[new.token for new in row] for row in rows],
         exit_layer=[[new.exit_layer for new in row] for row in rows],
         confidence=[[new.confidence for new in row] for row in rows],
         stats=GenerationStats(
             prefill=prefill,
-            decode=decoder.counts,
+            decode=decoder.counts - prefill,
             prefill_seconds=prefilled - start,
-            decode_seconds=perf_counter() - prefilled,
+            decode_seconds=decoded - prefilled,
         ),
     )
 
 
-def _decoder(
-    model: LegoModel, strategy: Strategy, prompts: list[Tensor], max_new_tokens: int
-) -> Decoder:
-    if isinstance(strategy, Uncached):
-        return UncachedDecoder(model, strategy)
-    num_slots = max(len(ids) for ids in prompts) + max_new_tokens
-    return CachedDecoder(model, strategy, len(prompts), num_slots)
+def _decode(
+    decoder: TokenDecoder,
+    num_rows: int,
+    max_new_tokens: int,
+    stop_tokens: frozenset[int],
+    streamer: Streamer | None,
+) -> list[list[GeneratedToken]]:
+    """Step until every row has ended; the tokens of each."""
+    rows: list[list[GeneratedToken]] = [[] for _ in range(num_rows)]
+    going = set(range(num_rows)) if max_new_tokens > 0 else set()
+    while going:
+        ended = []
+        for new in decoder.step():
+            if new.row not in going:
+                continue  # a step of several tokens went past the row's end
+            row = rows[new.row]
+            row.append(new)
+            if streamer is not None:
+                streamer(new)
+            if new.token in stop_tokens or len(row) == max_new_tokens:
+                going.remove(new.row)
+                ended.append(new.row)
+        if ended:
+            decoder.finish(ended)
+    return rows
 
 
 def _check(

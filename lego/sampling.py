@@ -1,16 +1,17 @@
-"""Choosing a token from logits: greedy, or by temperature, top-k and top-p with a seed."""
+"""Choosing a token from logits: greedy, or by temperature, top-k and top-p under seeded noise."""
 
 # Shape letters: B = rows, V = vocabulary.
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lego.seeding import generator
+from lego.ops.exit_decision import perturbed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,47 +40,48 @@ class Sampling:
             raise ValueError(f"Sampling.seed: must be in [0, 2**63), got {self.seed}")
 
 
-class Sampler:
-    """Draws one token a row and step.
+def row_seed(seed: int, row: int) -> int:
+    """The seed of a row's noise, a signed int64: seed + row * (2^64 / golden ratio), wrapped."""
+    value = (seed + row * 0x9E3779B97F4A7C15) % 2**64
+    return value - 2**64 if value >= 2**63 else value
 
-    Every row owns a generator and consumes one uniform number per token whatever the exit, so a
-    strategy changes the tokens of a seed only where it changes the distribution.
+
+def draw(
+    logits_BV: Tensor, sampling: Sampling, rows: Sequence[int], positions: Sequence[int]
+) -> list[int]:
+    """Return one token id for each row of floating-point logits [B, V].
+
+    `rows` holds the number of the sequence that each belongs to, `positions` the position that the
+    drawn token will have: how many tokens are before it. With its logits and the seed, these two
+    are all that a token depends on, so a sequence draws the same in any batch, and goes on from a
+    longer prompt as it would have without.
+    Raises: FloatingPointError if a logit is NaN.
     """
-
-    def __init__(self, sampling: Sampling, num_rows: int) -> None:
-        self.sampling = sampling
-        self._generators = [generator(sampling.seed, row) for row in range(num_rows)]
-
-    def draw(self, logits_BV: Tensor, rows: list[int]) -> list[int]:
-        """One token id for each row of logits; `rows` names the generator of each.
-
-        Raises: FloatingPointError if a token is to be drawn from logits with a NaN.
-        """
-        if self.sampling.temperature == 0:
-            return logits_BV.argmax(dim=-1).tolist()
-        prob_BV = token_probabilities(logits_BV, self.sampling)
-        uniform = [torch.rand(1, generator=self._generators[r], dtype=torch.float64) for r in rows]
-        cumulative_BV = prob_BV.cumsum(dim=-1)
-        if not bool(cumulative_BV[:, -1].isfinite().all()):
-            raise FloatingPointError("Sampler: logits must have a softmax, got NaN")
-        # scaled by the total, so that rounding in the sum cannot push a draw past the last token
-        target_B1 = torch.stack(uniform).to(cumulative_BV.device) * cumulative_BV[:, -1:]
-        return torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(1).tolist()
+    if bool(logits_BV.isnan().any()):
+        raise FloatingPointError("generate: logits must be numbers, got NaN")
+    if sampling.temperature > 0:
+        seeds = [row_seed(sampling.seed, row) for row in rows]
+        logits_BV = perturbed(
+            kept_logits(logits_BV, sampling).double(),
+            sampling.temperature,
+            torch.tensor(seeds, dtype=torch.int64, device=logits_BV.device),
+            torch.tensor(positions, dtype=torch.int64, device=logits_BV.device),
+        )
+    return logits_BV.argmax(dim=-1).tolist()
 
 
-def token_probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution [B, V], float64, that sampling at temperature > 0 draws from."""
-    logits_BV = logits_BV.double()
-    # the highest logit becomes 0, so that no temperature makes it infinite
-    scaled_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / sampling.temperature
-    if 0 < sampling.top_k < scaled_BV.size(1):
-        kth_B1 = scaled_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
-        scaled_BV = scaled_BV.masked_fill(scaled_BV < kth_B1, -torch.inf)
-    prob_BV = scaled_BV.softmax(dim=-1)
+def kept_logits(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    """The logits [B, V] with -inf for what top_k and top_p leave out; temperature > 0."""
+    if 0 < sampling.top_k < logits_BV.size(1):
+        kth_B1 = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)
     if sampling.top_p < 1:
-        sorted_BV, order_BV = prob_BV.sort(dim=-1, descending=True)
+        wide_BV = logits_BV.double()
+        # the highest logit becomes 0, so that no temperature makes it infinite
+        scaled_BV = (wide_BV - wide_BV.amax(dim=-1, keepdim=True)) / sampling.temperature
+        # stable: the lowest ids of a tie stay
+        sorted_BV, order_BV = scaled_BV.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
         # a token stays if the mass before it has not reached p: the first always stays
         drop_BV = sorted_BV.cumsum(dim=-1) - sorted_BV >= sampling.top_p
-        prob_BV = prob_BV.masked_fill(drop_BV.scatter(1, order_BV, drop_BV), 0.0)
-        prob_BV = prob_BV / prob_BV.sum(dim=-1, keepdim=True)
-    return prob_BV
+        logits_BV = logits_BV.masked_fill(drop_BV.scatter(1, order_BV, drop_BV), -torch.inf)
+    return logits_BV

@@ -40,17 +40,12 @@ class EarlyExit:
     kv_policy: KVPolicy | None = None
 
     def __post_init__(self) -> None:
-        if math.isnan(self.threshold):
-            raise ValueError("EarlyExit.threshold: must be a number, got nan")
-        if self.criterion not in get_args(Criterion):
-            raise ValueError(
-                f"EarlyExit.criterion: must be one of {get_args(Criterion)}, got {self.criterion!r}"
-            )
+        _check_number("EarlyExit.threshold", self.threshold)
+        _check_criterion("EarlyExit.criterion", self.criterion)
 
     def policy_for(self, model: LegoModel) -> KVPolicy:
         """The KV policy to use with this model; ValueError if they do not go together."""
-        if not model.upper:
-            raise ValueError("EarlyExit: the model must have an upper block, got a dense model")
+        _check_upper("EarlyExit", model)
         legal = KV_POLICIES[model.config.upper_kv]
         policy = self.kv_policy or legal[0]
         if policy not in legal:
@@ -61,4 +56,43 @@ class EarlyExit:
         return policy
 
 
-Strategy = Uncached | FullDepth | EarlyExit
+@dataclass(frozen=True, kw_only=True)
+class Speculative:
+    """The tokens of full depth: the lower block drafts some, the upper block verifies them at once.
+
+    Drafting goes on while the confidence of the newest draft is >= stop_confidence, up to
+    draft_tokens drafts (>= 1). A step yields at least one token and at most as many as drafts were
+    made. Any stop_confidence but NaN is legal; inf stops after one draft, 0 never stops early.
+    """
+
+    draft_tokens: int = 4
+    stop_confidence: float = 0.5
+    criterion: Criterion = "max_prob"
+
+    def __post_init__(self) -> None:
+        if self.draft_tokens < 1:
+            raise ValueError(f"Speculative.draft_tokens: must be >= 1, got {self.draft_tokens}")
+        _check_number("Speculative.stop_confidence", self.stop_confidence)
+        _check_criterion("Speculative.criterion", self.criterion)
+
+    def check(self, model: LegoModel) -> None:
+        """Raise ValueError if the model has nothing to verify with."""
+        _check_upper("Speculative", model)
+
+
+Strategy = Uncached | FullDepth | EarlyExit | Speculative
+
+
+def _check_number(name: str, value: float) -> None:
+    if math.isnan(value):
+        raise ValueError(f"{name}: must be a number, got nan")
+
+
+def _check_criterion(name: str, value: str) -> None:
+    if value not in get_args(Criterion):
+        raise ValueError(f"{name}: must be one of {get_args(Criterion)}, got {value!r}")
+
+
+def _check_upper(name: str, model: LegoModel) -> None:
+    if not model.upper:
+        raise ValueError(f"{name}: the model must have an upper block, got a dense model")

@@ -17,8 +17,8 @@ from lego.cost import (
     realised_savings,
     time_efficiency,
 )
+from lego.counts import Counts
 from lego.data import TokenSplit, num_windows, window_batch
-from lego.decoding import Counts
 from lego.generation import GenerationOutput, generate
 from lego.model import LegoModel
 from lego.strategies import Strategy

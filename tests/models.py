@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from lego.config import Criterion, KVPolicy, ModelConfig, UpperKV
+from lego.counts import Counts
+from lego.generation import GenerationOutput, generate
 from lego.model import LegoModel
-from lego.strategies import EarlyExit
+from lego.strategies import EarlyExit, Strategy
 
 VOCAB = 50
 CRITERIA: tuple[Criterion, ...] = ("max_prob", "margin", "entropy", "gate")
@@ -68,6 +70,16 @@ def tiny_model(
             values = values * 0.3 + (0.0 if name.endswith("bias") else 1.0)
         parameter.data.copy_(values)
     return model.requires_grad_(False)
+
+
+def agreeing_model(upper_kv: UpperKV = "exit_state", *, share: float, **changes: Any) -> LegoModel:
+    """A tiny model whose upper block adds `share` of what it would: at 0 both exits agree."""
+    model = tiny_model(upper_kv, **changes)
+    for block in model.upper:
+        block.attention.o_proj.weight *= share
+        block.mlp.down_proj.weight *= share
+    model.final_norm.weight.copy_(model.exit_norm.weight)
+    return model
 
 
 def token_ids(*shape: int, seed: int = 1) -> Tensor:
@@ -192,3 +204,28 @@ def watch(model: LegoModel) -> Iterator[Watched]:
             counted = count_project_kv(attention.project_kv, layer)
             stack.enter_context(patch.object(attention, "project_kv", counted))
         yield seen
+
+
+def assert_counted(counts: Counts, seen: Watched) -> None:
+    """GenerationStats against hooks on the modules."""
+    assert counts.lower_layer_calls == sum(seen.lower)
+    assert counts.upper_layer_calls == sum(seen.upper)
+    assert len(set(seen.upper)) == len(set(seen.lower)) == len(set(seen.upper_kv)) == 1
+    assert counts.upper_kv_calls == seen.upper_kv[0]
+    for part in ("head", "gate"):
+        assert getattr(counts, f"{part}_calls") == getattr(seen, part)
+    for part in ("lower", "upper", "upper_kv", "head", "gate"):
+        assert getattr(counts, f"{part}_passes") == getattr(seen, f"{part}_passes"), part
+
+
+def generate_watched(
+    model: LegoModel, prompts: Any, num_new: int, strategy: Strategy, **options: Any
+) -> tuple[GenerationOutput, Watched, Watched]:
+    """The output, and what ran in prefill and in both together."""
+    with watch(model) as in_prefill:
+        generate(model, prompts, 0, strategy, **options)
+    with watch(model) as in_all:
+        output = generate(model, prompts, num_new, strategy, **options)
+    assert_counted(output.stats.prefill, in_prefill)
+    assert_counted(output.stats.prefill + output.stats.decode, in_all)
+    return output, in_prefill, in_all

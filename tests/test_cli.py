@@ -1,6 +1,5 @@
 """The command line: end to end on a tiny text, and every mistake in one line."""
 
-import itertools
 import json
 import os
 import shutil
@@ -26,15 +25,6 @@ RUN_FILES |= {"sample.txt", "checkpoint", "baselines", "events", "training"}
 @pytest.fixture(autouse=True)
 def cache(monkeypatch):
     monkeypatch.setenv("LEGO_CACHE", str(finished_run()[2]))
-
-
-@pytest.fixture(scope="module")
-def own_run(tmp_path_factory):
-    """`lego train` of a model whose upper layers have keys and values of their own."""
-    out = tmp_path_factory.mktemp("own") / "run"
-    args = run_args(finished_run()[1], out, "--model.upper-kv", "own")
-    assert run_command(["train", *args[1:]]) == 0
-    return out
 
 
 def snapshot(folder):
@@ -113,90 +103,6 @@ def test_evaluate(capsys):
     assert run_command(["evaluate", str(folder), "--shallow-ratio", "1"]) == 0
     out = capsys.readouterr().out
     assert "Two-stage inference (validation)" in out and "gate" in out
-
-
-def generate(capsys, folder, *more):
-    args = ["generate", str(folder), "--prompt", "ann sees", "--max-new-tokens", "6", *more]
-    assert run_command(args) == 0
-    return capsys.readouterr()
-
-
-def test_generate_modes(capsys):
-    folder = finished_run()[0]
-    found = {
-        mode: json.loads(generate(capsys, folder, "--json", "--mode", mode).out)
-        for mode in ("early-exit", "full", "uncached")
-    }
-    assert found["full"]["tokens"] == found["uncached"]["tokens"]
-    assert found["full"]["exit_layer"] == found["uncached"]["exit_layer"] == [4] * 6
-    assert found["full"]["confidence"] == [None] * 6
-    early = found["early-exit"]
-    assert early["shallow_tokens"] == early["exit_layer"].count(2)
-    threshold = RunFolder(folder).results()["threshold"]
-    for depth, confidence in zip(early["exit_layer"], early["confidence"], strict=True):
-        assert (confidence >= threshold) == (depth == 2)
-    tokenizer = load_checkpoint(folder / "checkpoint").tokenizer
-    assert early["text"] == tokenizer.decode(early["tokens"])
-    assert early["stats"]["decode"] and early["stats"]["prefill"]
-
-
-@pytest.mark.parametrize("criterion", ["max_prob", "margin", "entropy", "gate"])
-def test_generate_thresholds(capsys, criterion):
-    folder = finished_run()[0]
-    full = json.loads(generate(capsys, folder, "--json", "--mode", "full").out)
-    by = ("--json", "--criterion", criterion)
-    never = json.loads(generate(capsys, folder, *by, "--threshold", "inf").out)
-    assert (never["tokens"], never["shallow_tokens"]) == (full["tokens"], 0)
-    always = json.loads(generate(capsys, folder, *by, "--threshold", "0").out)
-    assert always["exit_layer"] == [2] * 6
-
-
-def test_generate_policies(capsys, own_run):
-    always = json.loads(generate(capsys, own_run, "--json", "--threshold", "0").out)
-    middle = ("--json", "--threshold", str(sorted(always["confidence"])[3]))
-    found = {
-        policy: json.loads(generate(capsys, own_run, *middle, "--kv-policy", policy).out)
-        for policy in ("recompute", "propagate", "hole")
-    }
-    assert (
-        json.loads(generate(capsys, own_run, *middle).out)["tokens"]
-        == (found["recompute"]["tokens"])
-    )
-    for part in found.values():
-        assert len(part["tokens"]) == 6 and 0 < part["shallow_tokens"] < 6
-    # what an exited token leaves behind is paid for in three ways
-    paid = [list(part["stats"]["decode"].values()) for part in found.values()]
-    assert all(one != two for one, two in itertools.combinations(paid, 2))
-
-
-def test_generate_text(capsys):
-    folder = finished_run()[0]
-    text = json.loads(generate(capsys, folder, "--json").out)["text"]
-    plain, streamed = generate(capsys, folder), generate(capsys, folder, "--stream")
-    assert (plain.err, streamed.err) == ("", "")
-    # characters that are not whole at the end are shown by neither
-    assert plain.out == streamed.out and plain.out.endswith("\n")
-    shown = plain.out[:-1]
-    assert shown.startswith("ann sees") and ("ann sees" + text).startswith(shown)
-    for more in (("--show-exits",), ("--show-exits", "--stream")):
-        exits = generate(capsys, folder, *more).out
-        assert exits.startswith(plain.out)
-        assert "shallow (left after layer 2), deep (ran all 4)" in exits
-        assert "of 6 tokens exited" in exits
-    out, err = generate(capsys, folder, "--show-exits", "--stream", "--json")
-    assert json.loads(out)["text"] == text and "of 6 tokens exited" in err
-
-
-def test_generate_sampling(capsys):
-    folder = finished_run()[0]
-
-    def tokens(seed, *more):
-        options = ("--json", "--temperature", "2", "--seed", str(seed), *more)
-        return json.loads(generate(capsys, folder, *options).out)["tokens"]
-
-    assert tokens(3) == tokens(3) != tokens(4)
-    greedy = json.loads(generate(capsys, folder, "--json").out)["tokens"]
-    assert tokens(3, "--top-k", "1") == tokens(4, "--top-p", "1e-9") == greedy
 
 
 def fails(capsys, args, message):
@@ -291,17 +197,16 @@ def test_bad_options(tmp_path, capsys, monkeypatch, args):
         (("--prompt", "ann", "--kv-policy", "recompute"), "got 'recompute'"),
         (("--prompt", "ann", "--temperature", "-1"), "temperature: must be finite and >= 0"),
         (("--prompt", "ann", "--top-p", "0"), "top_p: must be in (0, 1], got 0"),
+        (
+            ("--prompt", "ann", "--mode", "speculative", "--draft-tokens", "0"),
+            "Speculative.draft_tokens: must be >= 1, got 0",
+        ),
     ],
 )
 @pytest.mark.parametrize("json_", [(), ("--json",)], ids=["text", "json"])
 def test_bad_generation(capsys, more, message, json_):
     args = ["generate", finished_run()[0], "--max-new-tokens", "4", *more, *json_]
     assert fails(capsys, args, message) == ""
-
-
-def test_exact_policy_needs_an_exit_state_model(capsys, own_run):
-    args = ["generate", own_run, "--prompt", "ann", "--max-new-tokens", "4"]
-    fails(capsys, [*args, "--kv-policy", "exact"], "got 'exact'")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])

@@ -13,13 +13,14 @@ from lego.cost import (
     time_efficiency,
     weights,
 )
-from lego.decoding import Counts
+from lego.counts import Counts
 from lego.generation import generate
-from lego.strategies import EarlyExit, FullDepth
+from lego.strategies import EarlyExit, FullDepth, Speculative
 from tests.models import (
     CRITERIA,
     POLICIES,
     VARIANTS,
+    agreeing_model,
     early_exit,
     model_for,
     tiny_config,
@@ -122,6 +123,26 @@ def test_expected_true_cost_is_what_decoding_reads(policy, criterion, variant):
         read = without_context(config, output.stats.decode)
         expected = expected_true_cost(config, ratio, criterion)
         assert read / full == pytest.approx(expected, rel=1e-12)
+
+
+@ANY_MODEL
+def test_elements_read_of_speculation(upper_kv, variant):
+    """Chunks of four whose drafts are all right: the upper block is read once a chunk."""
+    model = agreeing_model(upper_kv, share=0.0, **VARIANTS[variant])
+    config, num_prompt, num_chunks = model.config, 5, 3
+    prompt = token_ids(1, num_prompt).tolist()
+    strategy = Speculative(draft_tokens=4, stop_confidence=0.0)
+    stats = generate(model, prompt, 4 * num_chunks, strategy).stats
+    upper = count(*model.upper, model.final_norm) + count(model.head)
+    if upper_kv == "exit_state":
+        upper += count(model.upper_kv_proj, model.kv_norm)
+    draft = config.dim + count(*model.lower, model.exit_norm) + count(model.head)
+    # a chunk reads a slot once for all its tokens
+    slots = config.exit_layer * sum(range(num_prompt, num_prompt + 4 * num_chunks))
+    last = [num_prompt - 1 + 4 * (chunk + 1) for chunk in range(num_chunks)]
+    slots += config.num_upper_layers * sum(last)
+    kv = 2 * config.num_kv_heads * config.head_dim * slots
+    assert elements_read(config, stats.decode) == num_chunks * (4 * draft + upper) + kv
 
 
 @ANY_MODEL

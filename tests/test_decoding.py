@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lego.decoding import CachedDecoder, UncachedDecoder
+from lego.decoding import CachedDecoder, DrawingDecoder, UncachedDecoder
 from lego.kv_cache import KVCache, attend_within
+from lego.sampling import Sampling, draw
 from lego.strategies import EarlyExit, FullDepth, Uncached
 from tests.models import (
     CRITERIA,
@@ -40,8 +41,8 @@ def run_steps(model, strategy, ids, num_prompt=0):
 
 def filled(decoder, row=0):
     """Upper K and V [L, T, K, E] of the slots that one row has filled."""
-    upper_len = decoder._rows[row].upper_len
-    return decoder._upper_cache.k[:, row, :upper_len], decoder._upper_cache.v[:, row, :upper_len]
+    cache, upper_len = decoder.blocks.upper_cache, decoder.blocks.rows[row].upper_len
+    return cache.k[:, row, :upper_len], cache.v[:, row, :upper_len]
 
 
 def two_stage(model, ids, strategy):
@@ -124,7 +125,7 @@ def test_upper_caches_equal_those_of_full_depth(policy, variant, num_prompt):
     _, _, _, full = run_steps(model, FullDepth(), ids, num_prompt)
     last_deep = num_prompt + int((depth[0] == model.config.num_layers).nonzero().max())
     assert (depth == model.config.exit_layer).sum() >= 3
-    assert decoder._rows[0].upper_len == last_deep + 1 and full._rows[0].upper_len == 18
+    assert decoder.blocks.rows[0].upper_len == last_deep + 1 and full.blocks.rows[0].upper_len == 18
     for got, expected in zip(filled(decoder), filled(full), strict=True):
         torch.testing.assert_close(got, expected[:, : last_deep + 1], **CLOSE)
         assert got.abs().amax((0, 2, 3)).min() > 0.01  # no slot was left empty
@@ -136,10 +137,10 @@ def test_what_a_row_owes_is_settled_by_its_next_deep_token(policy):
     decoder = CachedDecoder(model, EarlyExit(threshold=0.0, kv_policy=policy), 1, 10)
     for t in range(9):
         decoder.step(ids[:, t])
-    assert decoder._rows[0].upper_len == 0 and not decoder._upper_cache.k.any()
+    assert decoder.blocks.rows[0].upper_len == 0 and not decoder.blocks.upper_cache.k.any()
     decoder.strategy = EarlyExit(threshold=math.inf, kv_policy=policy)
     logits = decoder.step(ids[:, 9]).logits_BV
-    assert decoder._rows[0].upper_len == 10
+    assert decoder.blocks.rows[0].upper_len == 10
     torch.testing.assert_close(logits, model.final_logits(model(ids).final_state)[:, 9], **CLOSE)
     assert decoder.counts.upper_passes == 2  # all ten tokens, or the newest alone, in one chunk
     assert decoder.counts.upper_layer_calls == (2 * 10 if policy == "recompute" else 2)
@@ -169,9 +170,9 @@ def test_hole_leaves_dense_caches(num_prompt):
     _, depth, _, decoder = run_steps(model, strategy, ids, num_prompt)
     num_deep = (depth == 4).sum(1)
     assert_mixed(depth == 2)
-    assert [row.upper_len for row in decoder._rows] == (num_prompt + num_deep).tolist()
+    assert [row.upper_len for row in decoder.blocks.rows] == (num_prompt + num_deep).tolist()
     for row, count in enumerate((num_prompt + num_deep).tolist()):
-        for cache in (decoder._upper_cache.k, decoder._upper_cache.v):
+        for cache in (decoder.blocks.upper_cache.k, decoder.blocks.upper_cache.v):
             assert cache[:, row, :count].abs().amax((0, 2, 3)).min() > 0.01
             assert not cache[:, row, count:].any()
 
@@ -269,6 +270,28 @@ def test_uncached_steps_are_full_depth_steps(upper_kv, all_logits):
         decoder.keep([2, 0])
     one, other = uncached.step(ids[:2, 6]), cached.step(ids[:2, 6])
     torch.testing.assert_close(one.logits_BV, other.logits_BV, **CLOSE)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.2, seed=4)], ids=str)
+def test_drawing_decoder_keeps_row_numbers(sampling):
+    """Rows leave in the middle; the others draw on as themselves, from their own logits."""
+    model, lengths = tiny_model(), [3, 1, 6, 2]
+    prompts = [token_ids(n, seed=n) for n in lengths]
+    decoder = DrawingDecoder(CachedDecoder(model, FullDepth(), 4, 20), sampling)
+    decoder.prefill(prompts)
+    assert decoder.counts.lower_layer_calls == 2 * (12 - 4)
+    texts, alive = [ids.tolist() for ids in prompts], [0, 1, 2, 3]
+    for left in ([], [1], [], [0, 3], []):
+        decoder.finish(left)
+        alive = [row for row in alive if row not in left]
+        new = decoder.step()
+        assert [x.row for x in new] == alive
+        for row, token, depth, score in new:
+            logits = model.final_logits(model(torch.tensor([texts[row]])).final_state)[:, -1]
+            assert [token] == draw(logits, sampling, [row], [len(texts[row])])
+            assert depth == 4 and math.isnan(score)
+            texts[row].append(token)
+    assert [len(text) - n for text, n in zip(texts, lengths, strict=True)] == [3, 1, 5, 3]
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

@@ -7,15 +7,16 @@ from itertools import combinations
 import pytest
 import torch
 
-from lego.generation import generate
+from lego.generation import ReferenceEngine, generate
 from lego.sampling import Sampling
-from lego.strategies import EarlyExit, FullDepth, Uncached
+from lego.strategies import EarlyExit, FullDepth, Speculative, Uncached
 from tests.models import (
     CRITERIA,
     POLICIES,
     VARIANTS,
     VOCAB,
     early_exit,
+    generate_watched,
     midway,
     model_for,
     tiny_model,
@@ -45,18 +46,6 @@ def assert_same_rows(got, expected):
         assert one == pytest.approx(other, abs=1e-10, nan_ok=True)
 
 
-def assert_counted(counts, seen):
-    """GenerationStats against hooks on the modules."""
-    assert counts.lower_layer_calls == sum(seen.lower)
-    assert counts.upper_layer_calls == sum(seen.upper)
-    assert len(set(seen.upper)) == len(set(seen.lower)) == len(set(seen.upper_kv)) == 1
-    assert counts.upper_kv_calls == seen.upper_kv[0]
-    for part in ("head", "gate"):
-        assert getattr(counts, f"{part}_calls") == getattr(seen, part)
-    for part in ("lower", "upper", "upper_kv", "head", "gate"):
-        assert getattr(counts, f"{part}_passes") == getattr(seen, f"{part}_passes"), part
-
-
 def spread_stops(rows):
     """Two tokens that end the rows at as many different steps as any two do."""
 
@@ -66,17 +55,6 @@ def spread_stops(rows):
 
     pairs = combinations(sorted({token for row in rows for token in row}), 2)
     return max(pairs, key=lambda stop: (len(set(lengths(stop))), sum(lengths(stop))))
-
-
-def generate_watched(model, prompts, num_new, strategy, **options):
-    """The output, and what ran in prefill and in both together."""
-    with watch(model) as in_prefill:
-        generate(model, prompts, 0, strategy, **options)
-    with watch(model) as in_all:
-        output = generate(model, prompts, num_new, strategy, **options)
-    assert_counted(output.stats.prefill, in_prefill)
-    assert_counted(output.stats.prefill + output.stats.decode, in_all)
-    return output, in_prefill, in_all
 
 
 @pytest.mark.parametrize(
@@ -265,10 +243,57 @@ def test_streamer_is_called_while_generating():
 @ANY_POLICY
 def test_no_new_tokens(policy):
     model = model_for(policy)
-    for strategy in (EarlyExit(threshold=0.5, kv_policy=policy), FullDepth(), Uncached()):
+    early = EarlyExit(threshold=0.5, kv_policy=policy)
+    for strategy in (early, FullDepth(), Uncached(), Speculative()):
         output = generate(model, PROMPTS, 0, strategy, streamer=pytest.fail)
         assert output.tokens == output.exit_layer == output.confidence == [[]] * 5
         assert output.stats.decode.lower_layer_calls == output.stats.decode.head_calls == 0
+
+
+def exact_strategies(model):
+    """Those whose tokens do not depend on where the prompt ended."""
+    policy = "exact" if model.config.upper_kv == "exit_state" else "recompute"
+    return [early_exit(model, policy), FullDepth(), Uncached(), Speculative(stop_confidence=0.1)]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@BOTH
+def test_goes_on_from_a_longer_prompt(upper_kv, sampling):
+    model, options = tiny_model(upper_kv), {"sampling": SAMPLINGS[sampling]}
+    for strategy in exact_strategies(model):
+        whole = generate(model, PROMPTS, 12, strategy, **options)
+        longer = [prompt + row[:5] for prompt, row in zip(PROMPTS, whole.tokens, strict=True)]
+        rest = generate(model, longer, 7, strategy, **options)
+        assert rest.tokens == [row[5:] for row in whole.tokens]
+        assert rest.exit_layer == [row[5:] for row in whole.exit_layer]
+
+
+@BOTH
+def test_a_sampled_row_does_not_notice_the_others(upper_kv):
+    model, options = tiny_model(upper_kv), {"sampling": SAMPLINGS["sampled"]}
+    others = [token_ids(n, seed=40 + n).tolist() for n in (2, 9, 3)]
+    for strategy in exact_strategies(model):
+        expected = generate(model, PROMPTS, 12, strategy, **options).tokens
+        assert len(set(map(tuple, expected))) == 5
+        stop = spread_stops(expected)
+        left = generate(model, PROMPTS, 12, strategy, stop_tokens=stop, **options).tokens
+        assert left == [row[: len(kept)] for row, kept in zip(expected, left, strict=True)]
+        assert len(set(map(len, left))) >= 3
+        among = [others[0], PROMPTS[1], others[1], PROMPTS[3], others[2], others[0]]
+        among_tokens = generate(model, among, 12, strategy, **options).tokens
+        assert [among_tokens[1], among_tokens[3]] == [expected[1], expected[3]]
+        again = generate(model, [PROMPTS[1]] * 2, 12, strategy, **options).tokens
+        assert again[1] == expected[1] != again[0]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_nan_logits(sampling):
+    options = {"sampling": SAMPLINGS[sampling]}
+    for strategy in (FullDepth(), Uncached(), Speculative(), EarlyExit(threshold=0.0)):
+        model = tiny_model(tie_embeddings=False)
+        model.head.weight[7, 3] = math.nan
+        with pytest.raises(FloatingPointError, match="^generate: logits must be numbers, got NaN$"):
+            generate(model, PROMPTS, 3, strategy, **options)
 
 
 def test_prompts_as_lists_tensors_or_one_tensor():
@@ -320,6 +345,13 @@ REFUSED = {
         "model": tiny_model(exit_layer=4),
         "strategy": EarlyExit(threshold=0.5),
     },
+    "Speculative: the model must have an upper block, got a dense model": {
+        "model": tiny_model(exit_layer=4),
+        "strategy": Speculative(),
+    },
+    "generate: engine.model must be the model, got another one": {
+        "engine": ReferenceEngine(tiny_model())
+    },
 }
 
 
@@ -334,7 +366,7 @@ def test_refuses_before_anything_runs(sentence):
     arguments = valid | REFUSED[sentence]
     with watch(arguments["model"]) if arguments["model"].upper else watch(valid["model"]) as seen:
         with pytest.raises(ValueError) as caught:
-            generate(*arguments.values(), streamer=pytest.fail)
+            generate(**arguments, streamer=pytest.fail)
     assert str(caught.value) == sentence
     assert seen.nothing
 
@@ -344,5 +376,11 @@ def test_strategy_refuses():
         EarlyExit(threshold=math.nan)
     with pytest.raises(ValueError, match="^EarlyExit.criterion: must be one of .* got 'x'$"):
         EarlyExit(threshold=0.5, criterion="x")
+    with pytest.raises(ValueError, match="^Speculative.draft_tokens: must be >= 1, got 0$"):
+        Speculative(draft_tokens=0)
+    with pytest.raises(ValueError, match="^Speculative.stop_confidence: must be a number, got nan"):
+        Speculative(stop_confidence=math.nan)
+    with pytest.raises(ValueError, match="^Speculative.criterion: must be one of .* got 'x'$"):
+        Speculative(criterion="x")
     with pytest.raises(ValueError, match="^EarlyExit.kv_policy: must be one of .* got 'x'$"):
         EarlyExit(threshold=0.5, kv_policy="x").policy_for(tiny_model())

@@ -32,9 +32,10 @@ LAYERS = {
         ("triton",),
         ("ops",),
         ("layers",),
+        ("decoder",),
     ),
 }
-MAY_IMPORT_KERNELS = {"lego.doctor", "lego.accelerate"}
+MAY_IMPORT_KERNELS = {"lego.doctor", "lego.accelerate", "lego.engine"}
 
 
 def module_name(path: Path) -> str:

@@ -10,7 +10,7 @@ from lego.config import TimingConfig
 from lego.cost import elements_read, layer_cost
 from lego.data import TokenSplit
 from lego.generation import generate
-from lego.strategies import EarlyExit, FullDepth, Uncached
+from lego.strategies import EarlyExit, FullDepth, Speculative, Uncached
 from lego.timed_generation import (
     early_exit_results,
     kv_cache_results,
@@ -108,6 +108,7 @@ def generated():
         "never": EarlyExit(threshold=float("inf")),
         "always": EarlyExit(threshold=0.0),
         "some": EarlyExit(threshold=middle),
+        "speculative": Speculative(stop_confidence=middle),
     }
     return model, strategies, time_generation(model, split(), strategies, TIMING)
 

@@ -174,7 +174,7 @@ inline void reduce_tile(const lego::ExitInputs& in, const lego::ExitPartials& to
 template <class T>
 void exit_tiles(const lego::ExitInputs& in, const lego::ExitPartials& to, int64_t begin, int64_t end) {
   constexpr int64_t kRows = 16;
-  const int64_t chunk = rows_that_stay<T>(in.D, lego::kTile);
+  const int64_t chunk = rows_that_stay<T>(in.B, in.D, lego::kTile);
   const auto* h = static_cast<const T*>(in.h);
   const auto* head = static_cast<const T*>(in.head);
   float logits[kRows * lego::kTile];

@@ -7,9 +7,9 @@ constexpr int64_t kRowsAtOnce = 16;
 template <class T>
 void linear_rows(const T* x, int64_t x_stride, int64_t B, const T* w, int64_t w_stride, const T* bias,
                  int64_t begin, int64_t end, int64_t D, T* y, int64_t y_stride) {
-  constexpr int64_t kTile = 64;
+  constexpr int64_t kTile = 256;
   float tile[kRowsAtOnce * kTile];
-  const int64_t step = rows_that_stay<T>(D, kTile);
+  const int64_t step = rows_that_stay<T>(B, D, kTile);
   for (int64_t n = begin; n < end; n += step) {
     const int64_t count = end - n < step ? end - n : step;
     for (int64_t first = 0; first < B; first += kRowsAtOnce) {

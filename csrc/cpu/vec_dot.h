@@ -27,23 +27,22 @@ struct Step<bf16> {
 };
 #endif
 
-// Calls finish(r, n, v) where the lanes of v add up to x[r] . w[n], for R rows of x and N rows of w. The
+// Calls sums(r, n, v) with a vector v whose lanes add up to x[r] . w[n], for R rows of x and N rows of w. The
 // steps go to two sums in turn, since each waits for its last addition: 1.2 times as fast as one from the
 // cache.
-template <int R, int N, bool prefetch, class T, class Finish>
+template <int R, int N, class T, class Sums>
 __attribute__((always_inline)) inline void dot_block(const T* x, int64_t x_stride, const T* w,
-                                                     int64_t w_stride, int64_t width, const Finish& finish) {
+                                                     int64_t w_stride, int64_t width, const Sums& sums) {
   typedef Step<T> S;
   Vec acc[2][R][N] = {};
   const auto add = [&](int turn, int64_t i, const auto& read) __attribute__((always_inline)) {
     typename S::Values row[R];
     for (int r = 0; r < R; ++r) row[r] = read(x + r * x_stride + i);
     for (int n = 0; n < N; ++n) {
-      const typename S::Values weight = read(w + n * w_stride + i);
-      // the row that is next in this one's place, into the second-level cache: 1.2 to 1.5 times as
-      // fast as none, where the first level gained nothing. One row after the other is left to the
-      // hardware, which does better.
-      if (prefetch) __builtin_prefetch(w + (n + N) * w_stride + i, 0, 2);
+      const T* from = w + n * w_stride + i;
+      const typename S::Values weight = read(from);
+      // into the second-level cache: to the first level it was slower than none
+      __builtin_prefetch(reinterpret_cast<const char*>(from) + (2 << 10), 0, 2);
       for (int r = 0; r < R; ++r) acc[turn][r][n] = S::add(acc[turn][r][n], row[r], weight);
     }
   };
@@ -63,41 +62,51 @@ __attribute__((always_inline)) inline void dot_block(const T* x, int64_t x_strid
     add(1, i, first);
   }
   for (int r = 0; r < R; ++r) {
-    for (int n = 0; n < N; ++n) finish(r, n, acc[0][r][n] + acc[1][r][n]);
+    for (int n = 0; n < N; ++n) sums(r, n, acc[0][r][n] + acc[1][r][n]);
   }
 }
 
-// dot_products for R rows of x, N rows of w at a time; where N is 1, G short ones, kLanes to a store
-template <int R, int N, int G, class T>
+// dot_products for R rows of x and the first rows of w, in N parts of `part` rows, a multiple of kLanes.
+// The parts are read side by side: four streams get 1.1 to 1.3 times the bandwidth of one. Sums of lanes
+// are made kLanes rows at a time, since for rows of 64 values they cost as much as the products.
+template <int R, int N, class T>
+inline void dot_parts(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t part, int64_t width,
+                      float* out, int64_t out_stride) {
+  for (int64_t i = 0; i < part; i += kLanes) {
+    Vec products[R][N][kLanes];
+    for (int j = 0; j < kLanes; ++j) {
+      dot_block<R, N>(x, x_stride, w + (i + j) * w_stride, part * w_stride, width,
+                      [&](int r, int n, Vec sum_of)
+                          __attribute__((always_inline)) { products[r][n][j] = sum_of; });
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int n = 0; n < N; ++n) store(out + r * out_stride + n * part + i, sum_each(products[r][n]));
+    }
+  }
+}
+
+// dot_products for R rows of x, N rows of w at a time
+template <int R, int N, class T>
 inline void dot_rows(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t num_w, int64_t width,
                      float* out, int64_t out_stride) {
-  int64_t n = 0;
-  const auto add_up = [&](int r, int i, Vec products)
-                          __attribute__((always_inline)) { out[r * out_stride + n + i] = sum(products); };
-  if constexpr (N == 1) {
-    // for rows of 64 values the sums of lanes cost as much as the products, unless they share them
-    for (; n + kLanes <= num_w; n += kLanes) {
-      Vec products[R][kLanes];
-#pragma GCC unroll 4
-      for (int i = 0; i < kLanes; i += G) {
-        dot_block<R, G, false>(x, x_stride, w + (n + i) * w_stride, w_stride, width,
-                               [&](int r, int m, Vec sum_of)
-                                   __attribute__((always_inline)) { products[r][i + m] = sum_of; });
-      }
-      for (int r = 0; r < R; ++r) store(out + r * out_stride + n, sum_each(products[r]));
-    }
-  } else {
-    for (; n + N <= num_w; n += N) {
-      dot_block<R, N, true>(x, x_stride, w + n * w_stride, w_stride, width, add_up);
-    }
+  const int64_t part = num_w / (N * kLanes) * kLanes;
+  dot_parts<R, N>(x, x_stride, w, w_stride, part, width, out, out_stride);
+  const int64_t rest = (num_w - N * part) / kLanes * kLanes;
+  dot_parts<R, 1>(x, x_stride, w + N * part * w_stride, w_stride, rest, width, out + N * part, out_stride);
+  for (int64_t n = N * part + rest; n < num_w; ++n) {
+    dot_block<R, 1>(x, x_stride, w + n * w_stride, w_stride, width,
+                    [&](int r, int, Vec sum_of)
+                        __attribute__((always_inline)) { out[r * out_stride + n] = sum(sum_of); });
   }
-  for (; n < num_w; ++n) dot_block<R, 1, false>(x, x_stride, w + n * w_stride, w_stride, width, add_up);
 }
 
-// Rows of w, kLanes to `most` of them, that stay in the second-level cache while several rows of x pass:
-// 128 KiB, where the smallest such cache has twice that.
+constexpr int64_t kMostRows = 4;  // of x in one pass over w
+
+// Rows of w, kLanes to `most` of them, that stay in the second-level cache while all rows of x pass:
+// 128 KiB, where the smallest such cache has twice that. All of them if x passes at once.
 template <class T>
-inline int64_t rows_that_stay(int64_t width, int64_t most) {
+inline int64_t rows_that_stay(int64_t num_x, int64_t width, int64_t most) {
+  if (num_x <= kMostRows) return most;
   const int64_t row_bytes = width > 0 ? width * static_cast<int64_t>(sizeof(T)) : 1;
   const int64_t fitting = (128 << 10) / row_bytes / kLanes * kLanes;
   return fitting < kLanes ? kLanes : fitting < most ? fitting : most;
@@ -115,14 +124,8 @@ inline void dot_products(const T* x, int64_t x_stride, int64_t num_x, const T* w
     }
   };
   // what fits in 32 registers, or 16 without AVX-512
-  constexpr int N = kLanes == 16 ? 8 : 4;
-  // Rows below half a page: several streams at once, each soon at its end, halve what memory gives. But
-  // where values have to be converted, rows at once share the conversion of x.
-  typedef Step<T> S;
-  constexpr bool converts = sizeof(typename S::Values) > S::kWidth * sizeof(T);
-  const bool one_by_one = width * sizeof(T) < 2048 && !converts;
-  const bool tiny = width * sizeof(T) <= 512;
-  pass(4, dot_rows<4, N / 4, 1, T>);
-  pass(2, one_by_one ? dot_rows<2, 1, 1, T> : dot_rows<2, N / 2, 1, T>);
-  pass(1, tiny ? dot_rows<1, 1, 4, T> : one_by_one ? dot_rows<1, 1, 1, T> : dot_rows<1, N, 1, T>);
+  constexpr int N = kLanes == 16 ? 2 : 1;
+  pass(kMostRows, dot_rows<kMostRows, N, T>);
+  pass(2, dot_rows<2, 2 * N, T>);
+  pass(1, dot_rows<1, 4, T>);
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,7 +108,7 @@ class Rows:
                     f"got {low if low < 0 else high}"
                 )
 
-    def _check_room(self) -> None:
+    def check_room(self) -> None:
         for row in self.live:
             if self.position[row] >= self.num_slots:
                 raise ValueError(
@@ -125,9 +125,9 @@ class Rows:
         chunk[:, 2] = chunk[:, 3] = positions
         return chunk
 
-    def _owed(self, rows: Sequence[int], newest: int) -> Chunk:
-        """Exit states without upper K and V of the rows, up to position + newest, not included."""
-        spans = [self._span(r, self.upper_len[r], self.position[r] + newest) for r in rows]
+    def owed(self, rows: Sequence[int], stops: Sequence[int]) -> Chunk:
+        """Exit states without upper K and V, of each row up to its position in `stops`."""
+        spans = list(map(self._span, rows, [self.upper_len[row] for row in rows], stops))
         return spans[0] if len(spans) == 1 else np.concatenate(spans)
 
     def run_lower(self, chunk: Chunk | list[tuple[int, int, int, int]]) -> None:
@@ -169,8 +169,19 @@ class Rows:
             filled[row] = max(filled.get(row, 0), int(slot) + 1)
         return sum(filled.values())
 
+    def gate(self, num_states: int) -> None:
+        """Exits.gate on the first states of the chunk."""
+        self.exits.gate(self.layers.chunk(num_states)[1])
+        self.counts.gate_calls += num_states
+        self.counts.gate_passes += 1
+
     def decide(
-        self, num_states: int, norm: Tensor, criterion: str, rows: Sequence[int], positions: Sequence[int]
+        self,
+        num_states: int,
+        norm: Tensor,
+        criterion: str,
+        rows: Sequence[int],
+        positions: Sequence[int],
     ) -> None:
         """Exits.decide on the first states of the chunk."""
         _, h = self.layers.chunk(num_states)
@@ -212,7 +223,7 @@ class Decoder(Rows):
 
         Raises: ValueError, before anything runs, if a row is full.
         """
-        self._check_room()
+        self.check_room()
         rows, position = self.live, self.position
         if not rows:
             return []
@@ -229,9 +240,7 @@ class Decoder(Rows):
     def _early(self, rows: Sequence[int]) -> list[NewToken]:
         exits, N = self.exits, len(rows)
         if self.criterion == "gate":
-            exits.gate(self.layers.chunk(N)[1])
-            self.counts.gate_calls += N
-            self.counts.gate_passes += 1
+            self.gate(N)
         else:
             self._decide(self.weights.exit_norm, rows)
         leaves, confidence = exits.exits[:N].tolist(), exits.confidence[:N].tolist()
@@ -256,32 +265,32 @@ class Decoder(Rows):
             token = self.exits.token[: len(which)].tolist()
         else:
             token = self.exits.token[list(which)].tolist()
-        return [
-            NewToken(rows[i], token[n], exit_layer, confidence[i]) for n, i in enumerate(which)
-        ]
+        return [NewToken(rows[i], token[n], exit_layer, confidence[i]) for n, i in enumerate(which)]
 
     def _deep(self, rows: Sequence[int], confidence: Sequence[float]) -> list[NewToken]:
         """Run the upper block for the newest token of these rows, and settle what they owe."""
-        position = self.position
         if self.weights.upper:
             self._run_newest(rows)
         self._decide(self.weights.last_norm, rows)
-        token, num_layers = self.exits.token[: len(rows)].tolist(), self.weights.num_layers
-        return [NewToken(*new, num_layers, c) for *new, c in zip(rows, token, confidence, strict=True)]
+        tokens, num_layers = self.exits.token[: len(rows)].tolist(), self.weights.num_layers
+        return [
+            NewToken(row, token, num_layers, value)
+            for row, token, value in zip(rows, tokens, confidence, strict=True)
+        ]
 
     def _run_newest(self, rows: Sequence[int]) -> None:
         """The final state of each row's newest token, to the first rows of the chunk."""
         S, position, upper_len = self.num_slots, self.position, self.upper_len
         if self.policy == "exact":
-            self.fill_upper_kv(self._owed(rows, 1))
+            self.fill_upper_kv(self.owed(rows, [position[r] + 1 for r in rows]))
         elif self.policy == "propagate":
-            self.fill_upper_kv(self._owed(rows, 0))
+            self.fill_upper_kv(self.owed(rows, [position[r] for r in rows]))
         at = upper_len if self.policy == "hole" else position
         newest = [(r * S + position[r], r, position[r], at[r]) for r in rows]
         if self.policy == "recompute" and any(upper_len[r] < position[r] for r in rows):
             # the newest first, where their states are looked for; what is older, and does not fit
             # beside them, before them
-            older = self._owed(rows, 0)
+            older = self.owed(rows, [position[r] for r in rows])
             while len(older) > self.max_chunk - len(rows):
                 part = min(self.max_chunk, len(older) - (self.max_chunk - len(rows)))
                 self.run_upper(older[:part])
@@ -297,6 +306,18 @@ class Decoder(Rows):
         self.decide(len(rows), norm, criterion, rows, [self.position[r] + 1 for r in rows])
 
 
+def check_criterion(weights: DecoderWeights, criterion: str) -> None:
+    """Raise ValueError unless the model has an exit that the criterion can decide on."""
+    if not weights.upper:
+        raise ValueError("Decoder: the model must have an upper block to exit, got a dense model")
+    if criterion not in get_args(Criterion):
+        raise ValueError(
+            f"Decoder: criterion must be one of {get_args(Criterion)}, got {criterion!r}"
+        )
+    if criterion == "gate" and weights.gate is None:
+        raise ValueError("Decoder: criterion gate needs weights with a gate, got none")
+
+
 def _policy_for(
     weights: DecoderWeights, threshold: float | None, criterion: str, policy: KVPolicy | None
 ) -> KVPolicy:
@@ -309,12 +330,5 @@ def _policy_for(
         return legal[0]
     if math.isnan(threshold):
         raise ValueError("Decoder: threshold must be a number, got nan")
-    if not weights.upper:
-        raise ValueError("Decoder: the model must have an upper block to exit, got a dense model")
-    if criterion not in ("max_prob", "margin", "entropy", "gate"):
-        raise ValueError(
-            f"Decoder: criterion must be max_prob, margin, entropy or gate, got {criterion!r}"
-        )
-    if criterion == "gate" and weights.gate is None:
-        raise ValueError("Decoder: criterion gate needs weights with a gate, got none")
+    check_criterion(weights, criterion)
     return policy or legal[0]

@@ -33,7 +33,9 @@ class Exits:
         like = weights.embedding
         self._out = ExitDecision.empty(max_rows, like.device)
         self.token, self.confidence, self._lse, self.exits = (x.numpy() for x in self._out)
-        self._workspace = exit_decision_workspace(like.new_empty(max_rows, weights.dim), weights.head)
+        self._workspace = exit_decision_workspace(
+            like.new_empty(max_rows, weights.dim), weights.head
+        )
         self._made: dict[int, ExitDecision] = {}
         self._threshold = torch.full((), math.inf)
         self._temperature = torch.full((), sampling.temperature)
@@ -66,13 +68,14 @@ class Exits:
         Raises: FloatingPointError if a logit is NaN.
         """
         N, w = len(h_ND), self._weights
-        out, noise = self._views(N), (None, None, None)
+        out = self._views(N)
+        noise: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         if self._sampling.draws:
             self._seeds[:N] = [self._sampling.row_seed(row) for row in rows]
             self._offsets[:N] = positions
             noise = (self._temperature, self._seed[:N], self._offset[:N])
         if self._sampling.filters:
-            self._decide_filtered(h_ND, norm, criterion, out, *noise[1:])
+            self._decide_filtered(h_ND, norm, criterion, out)
         else:
             _exit_decision(
                 h_ND, w.head, norm, w.eps, self._threshold, criterion, w.vocab_size, *noise, *out,
@@ -83,7 +86,11 @@ class Exits:
             raise FloatingPointError("generate: logits must be numbers, got NaN")
 
     def _decide_filtered(
-        self, h: Tensor, norm: Tensor, criterion: str, out: ExitDecision, seed: Tensor, offset: Tensor
+        self,
+        h: Tensor,
+        norm: Tensor,
+        criterion: str,
+        out: ExitDecision,
     ) -> None:
         """With the logits in memory, since top_k and top_p need them all."""
         w = self._weights
@@ -92,6 +99,7 @@ class Exits:
         out.lse.copy_(logits.logsumexp(dim=-1))
         out.confidence.copy_(confidence_of(logits, criterion))
         torch.ge(out.confidence, self._threshold, out=out.exit)
+        seed, offset = self._seed[: len(h)], self._offset[: len(h)]
         out.token.copy_(draw(logits, self._sampling, seed, offset))
 
     def _views(self, num_states: int) -> ExitDecision:

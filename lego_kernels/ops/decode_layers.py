@@ -6,11 +6,10 @@ L layers, N tokens of the chunk, D width, B rows, S slots, K key/value heads, E 
 """
 
 import torch
-from torch import Tensor
 
 from lego_kernels.library import LIB
 
-# what a row of the table points to; LayerWeights in C++ is the same. 0 for a weight that is not there
+# what a row of the table points to, in the order of LayerWeights in C++; 0 where there is none
 FIELDS = (
     "attention_norm",  # [D]
     "in_proj",  # queries, then keys, then values, as far as the layer makes them: [heads * E, D]

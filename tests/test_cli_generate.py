@@ -1,0 +1,138 @@
+"""`lego generate`: every mode and option, on runs that were trained on a tiny text."""
+
+import itertools
+import json
+
+import pytest
+
+from lego.checkpoint import load_checkpoint
+from lego.cli import run_command
+from lego.run_folder import RunFolder
+from tests.runs import finished_run, run_args
+
+
+@pytest.fixture(scope="module")
+def own_run(tmp_path_factory):
+    """`lego train` of a model whose upper layers have keys and values of their own."""
+    _, data, cache, *_ = finished_run()
+    out = tmp_path_factory.mktemp("own") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEGO_CACHE", str(cache))
+        args = run_args(data, out, "--model.upper-kv", "own")
+        assert run_command(["train", *args[1:]]) == 0
+    return out
+
+
+def generate(capsys, folder, *more):
+    args = ["generate", str(folder), "--prompt", "ann sees", "--max-new-tokens", "6", *more]
+    assert run_command(args) == 0
+    return capsys.readouterr()
+
+
+def test_generate_modes(capsys):
+    folder = finished_run()[0]
+    found = {
+        mode: json.loads(generate(capsys, folder, "--json", "--mode", mode).out)
+        for mode in ("early-exit", "full", "speculative", "uncached")
+    }
+    assert found["full"]["tokens"] == found["uncached"]["tokens"]
+    assert found["full"]["tokens"] == found["speculative"]["tokens"]
+    assert found["full"]["exit_layer"] == found["speculative"]["exit_layer"]
+    assert found["full"]["exit_layer"] == found["uncached"]["exit_layer"] == [4] * 6
+    assert found["full"]["confidence"] == [None] * 6
+    early = found["early-exit"]
+    assert early["shallow_tokens"] == early["exit_layer"].count(2)
+    threshold = RunFolder(folder).results()["threshold"]
+    for depth, confidence in zip(early["exit_layer"], early["confidence"], strict=True):
+        assert (confidence >= threshold) == (depth == 2)
+    tokenizer = load_checkpoint(folder / "checkpoint").tokenizer
+    assert early["text"] == tokenizer.decode(early["tokens"])
+    assert early["stats"]["decode"] and early["stats"]["prefill"]
+
+
+@pytest.mark.parametrize("criterion", ["max_prob", "margin", "entropy", "gate"])
+def test_generate_thresholds(capsys, criterion):
+    folder = finished_run()[0]
+    full = json.loads(generate(capsys, folder, "--json", "--mode", "full").out)
+    by = ("--json", "--criterion", criterion)
+    never = json.loads(generate(capsys, folder, *by, "--threshold", "inf").out)
+    assert (never["tokens"], never["shallow_tokens"]) == (full["tokens"], 0)
+    always = json.loads(generate(capsys, folder, *by, "--threshold", "0").out)
+    assert always["exit_layer"] == [2] * 6
+
+
+@pytest.mark.parametrize("options", [(), ("--temperature", "0.5")], ids=["greedy", "sampled"])
+def test_generate_speculative(capsys, own_run, options):
+    def found(mode, *more):
+        answer = generate(capsys, own_run, "--json", "--mode", mode, *options, *more)
+        return json.loads(answer.out)
+
+    def drafted(*more):
+        answer = found("speculative", *more)
+        assert answer["tokens"] == full["tokens"] and answer["shallow_tokens"] == 0
+        assert all(0 <= c <= 1 for c in answer["confidence"])
+        return answer["stats"]["decode"]
+
+    full, bold = found("full"), ("--stop-confidence", "0")
+    calls = full["stats"]["decode"]["upper_layer_calls"]
+    for cautious in (("--draft-tokens", "1", *bold), ("--stop-confidence", "inf")):
+        counts = drafted(*cautious)
+        assert counts["upper_layer_calls"] == counts["upper_passes"] == calls
+    counts = drafted("--draft-tokens", "3", *bold)
+    assert counts["upper_layer_calls"] > counts["upper_passes"]  # chunks of several tokens
+    assert drafted("--criterion", "gate")["gate_calls"] > 0
+
+
+def test_generate_policies(capsys, own_run):
+    always = json.loads(generate(capsys, own_run, "--json", "--threshold", "0").out)
+    middle = ("--json", "--threshold", str(sorted(always["confidence"])[3]))
+    found = {
+        policy: json.loads(generate(capsys, own_run, *middle, "--kv-policy", policy).out)
+        for policy in ("recompute", "propagate", "hole")
+    }
+    assert (
+        json.loads(generate(capsys, own_run, *middle).out)["tokens"]
+        == (found["recompute"]["tokens"])
+    )
+    for part in found.values():
+        assert len(part["tokens"]) == 6 and 0 < part["shallow_tokens"] < 6
+    # what an exited token leaves behind is paid for in three ways
+    paid = [list(part["stats"]["decode"].values()) for part in found.values()]
+    assert all(one != two for one, two in itertools.combinations(paid, 2))
+
+
+def test_generate_text(capsys):
+    folder = finished_run()[0]
+    text = json.loads(generate(capsys, folder, "--json").out)["text"]
+    plain, streamed = generate(capsys, folder), generate(capsys, folder, "--stream")
+    assert (plain.err, streamed.err) == ("", "")
+    # characters that are not whole at the end are shown by neither
+    assert plain.out == streamed.out and plain.out.endswith("\n")
+    shown = plain.out[:-1]
+    assert shown.startswith("ann sees") and ("ann sees" + text).startswith(shown)
+    for more in (("--show-exits",), ("--show-exits", "--stream")):
+        exits = generate(capsys, folder, *more).out
+        assert exits.startswith(plain.out)
+        assert "shallow (left after layer 2), deep (ran all 4)" in exits
+        assert "of 6 tokens exited" in exits
+    out, err = generate(capsys, folder, "--show-exits", "--stream", "--json")
+    assert json.loads(out)["text"] == text and "of 6 tokens exited" in err
+
+
+def test_generate_sampling(capsys):
+    folder = finished_run()[0]
+
+    def tokens(seed, *more):
+        options = ("--json", "--temperature", "2", "--seed", str(seed), *more)
+        return json.loads(generate(capsys, folder, *options).out)["tokens"]
+
+    assert tokens(3) == tokens(3) != tokens(4)
+    greedy = json.loads(generate(capsys, folder, "--json").out)["tokens"]
+    assert tokens(3, "--top-k", "1") == tokens(4, "--top-p", "1e-9") == greedy
+
+
+def test_exact_policy_needs_an_exit_state_model(capsys, own_run):
+    args = ["generate", str(own_run), "--prompt", "ann", "--max-new-tokens", "4"]
+    assert run_command([*args, "--kv-policy", "exact"]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("lego: ") and err.count("\n") == 1 and "got 'exact'" in err and not out
