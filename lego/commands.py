@@ -15,6 +15,7 @@ from lego.calibration import calibrate_by_quantile
 from lego.checkpoint import Checkpoint, load_checkpoint
 from lego.config import Criterion, ExperimentConfig, KVPolicy
 from lego.data import Corpus
+from lego.engine import EngineName, NativeEngine, engine_for
 from lego.environment import environment
 from lego.evaluation import quality, score_tokens
 from lego.experiment import Outcome, load_corpus, run_experiment, train_checkpoint, two_stage
@@ -51,6 +52,8 @@ class Generate:
         top_k: Keep the k most likely tokens; 0 keeps all.
         top_p: Keep the most likely tokens up to this probability.
         seed: Of the sampling.
+        engine: native runs on the CPU kernels, reference on plain PyTorch, auto on the native one
+            where it can; the tokens are the same but for rounding.
         stream: Print every token as it comes.
         show_exits: Colour every token by the layer it left at.
         json: Print JSON to stdout and nothing else.
@@ -69,6 +72,7 @@ class Generate:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    engine: EngineName = "auto"
     stream: bool = False
     show_exits: bool = False
     json: bool = False
@@ -165,11 +169,13 @@ def generate_text(options: Generate, console: Console) -> dict[str, Any]:
 
     if options.stream and not options.json:
         console.print(pieces[0], end="")
+    strategy = _strategy(options, checkpoint)
+    engine = engine_for(model, strategy, options.engine)
     output = generate(
         model,
         [prompt],
         options.max_new_tokens,
-        _strategy(options, checkpoint),
+        strategy,
         sampling=Sampling(
             temperature=options.temperature,
             top_k=options.top_k,
@@ -178,6 +184,7 @@ def generate_text(options: Generate, console: Console) -> dict[str, Any]:
         ),
         stop_tokens=[tokenizer.end_of_text_id],
         streamer=show,
+        engine=engine,
     )
     if not options.json:
         console.print(Text("") if options.stream else Text.assemble(*pieces))
@@ -192,6 +199,7 @@ def generate_text(options: Generate, console: Console) -> dict[str, Any]:
         "exit_layer": depths,
         "confidence": [None if math.isnan(c) else c for c in output.confidence[0]],
         "shallow_tokens": shallow,
+        "engine": "native" if isinstance(engine, NativeEngine) else "reference",
         "stats": asdict(output.stats),
     }
 

@@ -26,17 +26,12 @@ class NativeEngine:
 
     Reads the model's parameters where they lie: what training writes to them shows here, but not a
     parameter put in another's place, as model.to(dtype) does.
-    Raises: RuntimeError if the CPU kernels are not loaded; ValueError if the model is not on the
-        CPU or not float32, bfloat16 or float16.
+    Raises: ValueError if why_not(model) says something.
     """
 
     def __init__(self, model: LegoModel) -> None:
-        if library.NOT_LOADED["CPU"]:
-            raise RuntimeError(
-                f"NativeEngine: the CPU kernels must be loaded, got {library.NOT_LOADED['CPU']}"
-            )
-        if model.device.type != "cpu":
-            raise ValueError(f"NativeEngine: the model must be on the CPU, got {model.device}")
+        if problem := why_not(model):
+            raise ValueError(f"NativeEngine: {problem}")
         self.model = model
         self.weights = decoder_weights(model)
 
@@ -54,6 +49,7 @@ class NativeEngine:
         if isinstance(strategy, Uncached):
             raise ValueError(f"NativeEngine: strategy must use caches, got {strategy}")
         if isinstance(strategy, Speculative):
+            strategy.check(self.model)
             decoder = SpeculativeDecoder(
                 self.weights,
                 num_rows,
@@ -70,7 +66,7 @@ class NativeEngine:
                 num_slots,
                 threshold=strategy.threshold,
                 criterion=strategy.criterion,
-                kv_policy=strategy.kv_policy,
+                kv_policy=strategy.policy_for(self.model),
                 sampling=how,
             )
         else:
@@ -97,16 +93,23 @@ class NativeTokens:
 def engine_for(model: LegoModel, strategy: Strategy, name: EngineName) -> Engine:
     """The engine of that name; `auto` is native where that serves the model and the strategy.
 
-    Raises: RuntimeError or ValueError if `native` does not serve the model.
+    Raises: ValueError if `native` does not serve the model.
     """
-    served = (
-        not library.NOT_LOADED["CPU"]
-        and model.device.type == "cpu"
-        and model.embedding.weight.dtype in DTYPES
-        and not isinstance(strategy, Uncached)
-    )
+    served = not why_not(model) and not isinstance(strategy, Uncached)
     native = name == "native" or (name == "auto" and served)
     return NativeEngine(model) if native else ReferenceEngine(model)
+
+
+def why_not(model: LegoModel) -> str:
+    """Why the native engine does not serve a model; empty if it does."""
+    dtype = model.embedding.weight.dtype
+    if library.NOT_LOADED["CPU"]:
+        return f"the CPU kernels must be loaded, got {library.NOT_LOADED['CPU']}"
+    if model.device.type != "cpu":
+        return f"the model must be on the CPU, got {model.device}"
+    if dtype not in DTYPES:
+        return f"the model must be float32, bfloat16 or float16, got {dtype}"
+    return ""
 
 
 def decoder_weights(model: LegoModel) -> DecoderWeights:

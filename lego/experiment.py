@@ -13,6 +13,7 @@ from lego.checkpoint import Checkpoint, save_checkpoint
 from lego.config import Criterion, ExperimentConfig, ModelConfig, UpperKV
 from lego.cost import dense_true_cost, expected_true_cost, layer_cost
 from lego.data import Corpus, TokenSplit, num_windows, prepare_corpus, window_batch
+from lego.engine import NativeEngine, why_not
 from lego.evaluation import (
     TokenScores,
     perplexity,
@@ -22,10 +23,12 @@ from lego.evaluation import (
     stepwise_nll,
 )
 from lego.model import LegoModel
-from lego.strategies import EarlyExit, FullDepth, Strategy, Uncached
+from lego.strategies import EarlyExit, FullDepth, Speculative, Strategy, Uncached
 from lego.timed_generation import (
+    TimedGeneration,
     early_exit_results,
     kv_cache_results,
+    native_engine_results,
     prompt_windows,
     time_generation,
 )
@@ -176,14 +179,7 @@ def _measure(
             threshold=calibration.threshold[by], criterion=by, kv_policy=config.exit.kv_policy
         )
 
-    strategies: dict[str, Strategy] = {
-        "uncached": Uncached(),
-        "uncached_last": Uncached(all_logits=False),
-        "full": FullDepth(),
-        "exit": early_exit(criterion),
-        "gate": early_exit("gate"),
-    }
-    timed = time_generation(model, corpus.validation, strategies, config.timing)
+    timed = _time(model, corpus.validation, early_exit(criterion), early_exit("gate"), config)
     criteria = {
         name: two_stage(model, scores, corpus.validation, name, threshold)
         for name, threshold in calibration.threshold.items()
@@ -197,6 +193,9 @@ def _measure(
         },
         "experiment_002": early_exit_results(timed, "exit"),
         "experiment_002_gate": early_exit_results(timed, "gate"),
+        "native_engine": {"why_not": why_not(model)}
+        if why_not(model)
+        else native_engine_results(timed),
         "criteria": criteria,
         "stepwise": _stepwise(
             model, corpus.validation, routed_nll.view(-1, seq_len), early_exit(criterion)
@@ -208,6 +207,33 @@ def _measure(
         "kv_policy": early_exit(criterion).policy_for(model),
     }
     return results, scores
+
+
+def _time(
+    model: LegoModel,
+    split: TokenSplit,
+    by_exit: EarlyExit,
+    by_gate: EarlyExit,
+    config: ExperimentConfig,
+) -> TimedGeneration:
+    """Every strategy in turns: of the reference, and of the native engine where that serves."""
+    strategies: dict[str, Strategy] = {
+        "uncached": Uncached(),
+        "uncached_last": Uncached(all_logits=False),
+        "full": FullDepth(),
+        "exit": by_exit,
+        "gate": by_gate,
+    }
+    native: dict[str, Strategy] = {
+        "native_full": FullDepth(),
+        "native_exit": by_exit,
+        "native_gate": by_gate,
+        "native_speculative": Speculative(),
+    }
+    if why_not(model):
+        return time_generation(model, split, strategies, config.timing)
+    engines = dict.fromkeys(native, NativeEngine(model))
+    return time_generation(model, split, strategies | native, config.timing, engines=engines)
 
 
 def _phase_results(trained: Trained, scores: TokenScores, split: TokenSplit) -> dict[str, Any]:

@@ -149,6 +149,7 @@ def _print_experiments(console: Console, results: Mapping[str, Any], title: str)
     kv_cache.add_row("with cache", f"{cache['cached_ms_per_token']:.3f}", "")
     console.print(kv_cache)
     console.print(_early_exit_table(second, results["experiment_002_gate"], results["criterion"]))
+    _print_native_engine(console, results["native_engine"], results["criterion"], second)
     step = results["stepwise"]
     console.print(
         f"Step by step against parallel, {step['tokens']} tokens, teacher-forced: PPL "
@@ -202,6 +203,32 @@ def _early_exit_table(softmax: Mapping[str, Any], gate: Mapping[str, Any], crite
     row("realised savings", *(_number(c["realised_savings"]) for c in columns))
     row("time efficiency", *(_number(c["time_efficiency"]) for c in columns))
     return table
+
+
+def _print_native_engine(
+    console: Console, native: Mapping[str, Any], criterion: str, reference: Mapping[str, Any]
+) -> None:
+    if "why_not" in native:
+        console.print(f"No native engine: {native['why_not']}", highlight=False, markup=False)
+        return
+    names = ("exit", "gate", "speculative")
+    table = _table("Native engine: the same model and prompts", "metric", criterion, *names[1:])
+    columns = [native[name] for name in names]
+    total = columns[0]["shallow_tokens"] + columns[0]["deep_tokens"]
+    table.add_row("native true cost", *(_percent(c["true_cost"]) for c in columns))
+    table.add_row("native full, ms per token", *(f"{c['full_ms_per_token']:.3f}" for c in columns))
+    table.add_row("native, ms per token", *(f"{c['exit_ms_per_token']:.3f}" for c in columns))
+    table.add_row("native speedup", *map(_speedup_text, columns))
+    table.add_row("native realised savings", *(_number(c["realised_savings"]) for c in columns))
+    table.add_row("native time efficiency", *(_number(c["time_efficiency"]) for c in columns))
+    console.print(table)
+    console.print(
+        f"Full depth is {_speedup_text(native, 'speedup_over_reference')} as fast as the reference "
+        f"({reference['full_ms_per_token']:.3f} ms); {native['same_tokens']} of {total} tokens "
+        f"agree up to the first difference, {native['speculative']['same_tokens']} between "
+        "speculative and full depth.",
+        highlight=False,
+    )
 
 
 def _print_baselines(console: Console, results: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from lego.cost import (
 )
 from lego.counts import Counts
 from lego.data import TokenSplit, num_windows, window_batch
-from lego.generation import GenerationOutput, generate
+from lego.generation import Engine, GenerationOutput, generate
 from lego.model import LegoModel
 from lego.strategies import Strategy
 from lego.timing import Spread, paired_seconds, ratio_spread
@@ -49,18 +49,25 @@ class TimedGeneration:
 
 
 def time_generation(
-    model: LegoModel, split: TokenSplit, strategies: Mapping[str, Strategy], timing: TimingConfig
+    model: LegoModel,
+    split: TokenSplit,
+    strategies: Mapping[str, Strategy],
+    timing: TimingConfig,
+    *,
+    engines: Mapping[str, Engine] | None = None,
 ) -> TimedGeneration:
-    """Generate greedily with every strategy in every round.
+    """Generate greedily with every strategy in every round; by the reference unless engines say.
 
     Raises: ValueError if the split does not hold num_prompts prompts.
     """
     prompts = prompt_windows(split, timing.num_prompts, timing.prompt_tokens)
     outputs: dict[str, list[GenerationOutput]] = {}
+    by = engines or {}
 
     def run(name: str) -> float:
         outputs[name] = [
-            generate(model, [prompt], timing.new_tokens, strategies[name]) for prompt in prompts
+            generate(model, [prompt], timing.new_tokens, strategies[name], engine=by.get(name))
+            for prompt in prompts
         ]
         return sum(output.stats.decode_seconds for output in outputs[name])
 
@@ -92,18 +99,18 @@ def kv_cache_results(timed: TimedGeneration) -> dict[str, Any]:
     }
 
 
-def early_exit_results(timed: TimedGeneration, name: str) -> dict[str, Any]:
-    """The table of experiment 002 for strategy `name` against `full`, with true cost and savings.
+def early_exit_results(timed: TimedGeneration, name: str, full: str = "full") -> dict[str, Any]:
+    """The table of experiment 002 for `name` against `full`, with true cost and savings.
 
     Costs are counted calls of the same run. Milliseconds are medians; the speedup, and what follows
     from it, is the median of paired ratios, since noise hits both sides of a pair.
     """
     config, depths = timed.config, [d for o in timed.outputs[name] for d in o.exit_layer[0]]
     shallow = sum(depth < config.num_layers for depth in depths)
-    counts, full_counts = timed.counts(name), timed.counts("full")
+    counts, full_counts = timed.counts(name), timed.counts(full)
     true_cost = elements_read(config, counts) / elements_read(config, full_counts)
-    full_ms, exit_ms = timed.ms_per_token("full"), timed.ms_per_token(name)
-    speedup = timed.speedup(name, "full")
+    full_ms, exit_ms = timed.ms_per_token(full), timed.ms_per_token(name)
+    speedup = timed.speedup(name, full)
     # counted, not derived from exits: `recompute` runs the upper block for exited tokens later
     layer_calls = counts.lower_layer_calls + counts.upper_layer_calls
     cost = layer_calls / (len(depths) * config.num_layers)
@@ -121,6 +128,38 @@ def early_exit_results(timed: TimedGeneration, name: str) -> dict[str, Any]:
         "realised_savings": realised_savings(true_cost, speedup.median, 1.0),
         "time_efficiency": time_efficiency(true_cost, speedup.median, 1.0),
     }
+
+
+def native_engine_results(timed: TimedGeneration) -> dict[str, Any]:
+    """The native engine's table, from `full` and strategies `native_*` of the names below."""
+    speedup = timed.speedup("native_full", "full")
+    speculative, counts = "native_speculative", timed.counts("native_speculative")
+    return {
+        "full_ms_per_token": timed.ms_per_token("native_full").median,
+        "speedup_over_reference": speedup.median,
+        "speedup_over_reference_quartiles": [speedup.low, speedup.high],
+        "same_tokens": _same_tokens(timed, "full", "native_full"),
+        "exit": early_exit_results(timed, "native_exit", "native_full"),
+        "gate": early_exit_results(timed, "native_gate", "native_full"),
+        "speculative": {
+            **early_exit_results(timed, speculative, "native_full"),
+            "head_calls_per_token": counts.head_calls / timed.num_tokens,
+            "upper_passes_per_token": counts.upper_passes
+            / (timed.num_tokens * timed.config.num_upper_layers),
+            "same_tokens": _same_tokens(timed, "native_full", speculative),
+        },
+    }
+
+
+def _same_tokens(timed: TimedGeneration, name: str, other: str) -> int:
+    """How many tokens two strategies have in common before they first differ, over all prompts."""
+    same = 0
+    for one, two in zip(timed.outputs[name], timed.outputs[other], strict=True):
+        for mine, theirs in zip(one.tokens[0], two.tokens[0], strict=True):
+            if mine != theirs:
+                break
+            same += 1
+    return same
 
 
 def prompt_windows(split: TokenSplit, num_prompts: int, num_tokens: int) -> list[torch.Tensor]:

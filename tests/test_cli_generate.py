@@ -50,6 +50,30 @@ def test_generate_modes(capsys):
     assert early["stats"]["decode"] and early["stats"]["prefill"]
 
 
+@pytest.mark.parametrize("mode", ["early-exit", "full", "speculative", "uncached"])
+def test_generate_engines(capsys, mode):
+    folder = finished_run()[0]
+    names = ("auto", "native", "reference") if mode != "uncached" else ("auto", "reference")
+    found = {
+        name: json.loads(generate(capsys, folder, "--json", "--mode", mode, "--engine", name).out)
+        for name in names
+    }
+    used = {name: answer["engine"] for name, answer in found.items()}
+    auto = "native" if mode != "uncached" else "reference"
+    assert used == {name: auto if name == "auto" else name for name in names}
+    for answer in found.values():
+        for key in ("tokens", "exit_layer"):
+            assert answer[key] == found["reference"][key]
+        counts, wanted = answer["stats"]["decode"], found["reference"]["stats"]["decode"]
+        assert counts == wanted
+
+
+def test_generate_native_cannot(capsys):
+    args = ["generate", str(finished_run()[0]), "--prompt", "ann sees", "--max-new-tokens", "6"]
+    assert run_command([*args, "--engine", "native", "--mode", "uncached"]) == 2
+    assert "NativeEngine: strategy must use caches" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("criterion", ["max_prob", "margin", "entropy", "gate"])
 def test_generate_thresholds(capsys, criterion):
     folder = finished_run()[0]

@@ -71,6 +71,18 @@ def test_generation_adds_up(results):
             assert found["realised_savings"] == pytest.approx(saved)
 
 
+def test_native_engine_does_what_the_reference_does(results):
+    native = results["native_engine"]
+    for name, reference in (("exit", "experiment_002"), ("gate", "experiment_002_gate")):
+        for key in ("shallow_ratio", "layer_cost", "true_cost"):
+            assert native[name][key] == results[reference][key]
+    speculative = native["speculative"]
+    assert native["same_tokens"] == speculative["same_tokens"] == 10
+    assert speculative["shallow_tokens"] == 0
+    assert 0 < speculative["upper_passes_per_token"] <= 1 <= speculative["head_calls_per_token"]
+    assert min(native["full_ms_per_token"], native["speedup_over_reference"]) > 0
+
+
 def test_quality_is_that_of_the_checkpoint(results):
     """Everything that does not need a clock, again from the files of the run."""
     folder = RunFolder(finished_run()[0])

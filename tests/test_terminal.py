@@ -89,6 +89,12 @@ def test_tables_hold_the_results(results):
         f"{c['speedup']:.2f}" for c in columns
     ]
     assert table["time efficiency"] == [f"{c['time_efficiency']:.2f}" for c in columns]
+    native = results["native_engine"]
+    columns = (native["exit"], native["gate"], native["speculative"])
+    assert table["native true cost"] == [f"{100 * c['true_cost']:.1f} %" for c in columns]
+    assert table["native, ms per token"] == [f"{c['exit_ms_per_token']:.3f}" for c in columns]
+    assert f"is {native['speedup_over_reference']:.2f}x" in text
+    assert f"{native['same_tokens']} of 10 tokens" in text
     assert table["dense-shallow, 2 layers"][0] == (
         f"{results['baselines']['dense_shallow']['val_ppl']:.2f}"
     )
@@ -102,6 +108,11 @@ def test_realised_savings_that_say_nothing(results):
     costly = results["experiment_002"] | {"realised_savings": None}
     text = printed(print_results, results | {"experiment_002": costly})
     assert next(row for row in rows(text) if row[0] == "realised savings")[1] == "-"
+
+
+def test_no_native_engine(results):
+    text = printed(print_results, results | {"native_engine": {"why_not": "it was never built"}})
+    assert "No native engine: it was never built" in text
 
 
 def test_comparison_is_printed(results):
