@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lego_kernels.decoder.decoder import Criterion, NewToken, Rows, check_criterion
+from lego_kernels.decoder.checks import Criterion, check_criterion, check_room
+from lego_kernels.decoder.rows import NewToken, Rows
 from lego_kernels.decoder.sampling import Sampling
 from lego_kernels.decoder.weights import DecoderWeights
 
@@ -48,7 +49,7 @@ class SpeculativeDecoder(Rows):
 
         Raises: ValueError, before anything runs, if a row is full.
         """
-        self.check_room()
+        check_room(self.live, self.position, self.num_slots)
         if not self.live:
             return []
         drafts = self._draft()
