@@ -15,12 +15,11 @@ from lego.calibration import calibrate_by_quantile
 from lego.checkpoint import Checkpoint, load_checkpoint
 from lego.config import Criterion, ExperimentConfig, KVPolicy
 from lego.data import Corpus
-from lego.engine import EngineName, NativeEngine, engine_for
 from lego.environment import environment
 from lego.evaluation import quality, score_tokens
 from lego.experiment import Outcome, load_corpus, run_experiment, train_checkpoint, two_stage
 from lego.files import write_text
-from lego.generation import GeneratedToken, generate
+from lego.generation import Engine, EngineName, GeneratedToken, ReferenceEngine, generate
 from lego.plots import save_plots
 from lego.run_folder import RunFolder
 from lego.sampling import Sampling
@@ -170,7 +169,11 @@ def generate_text(options: Generate, console: Console) -> dict[str, Any]:
     if options.stream and not options.json:
         console.print(pieces[0], end="")
     strategy = _strategy(options, checkpoint)
-    engine = engine_for(model, strategy, options.engine)
+    engine: Engine = ReferenceEngine(model)
+    if options.engine != "reference":
+        from lego.engine import engine_for
+
+        engine = engine_for(model, strategy, options.engine)
     output = generate(
         model,
         [prompt],
@@ -199,7 +202,7 @@ def generate_text(options: Generate, console: Console) -> dict[str, Any]:
         "exit_layer": depths,
         "confidence": [None if math.isnan(c) else c for c in output.confidence[0]],
         "shallow_tokens": shallow,
-        "engine": "native" if isinstance(engine, NativeEngine) else "reference",
+        "engine": "reference" if isinstance(engine, ReferenceEngine) else "native",
         "stats": asdict(output.stats),
     }
 

@@ -34,6 +34,16 @@ class OpReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineReport:
+    """How the native engine steps on one device, and why not better."""
+
+    device: str
+    mode: str
+    why: str
+    error: str  # empty if it generates what the reference does
+
+
+@dataclass(frozen=True, kw_only=True)
 class Problem:
     what: str
     fix: str
@@ -44,12 +54,13 @@ class Diagnosis:
     versions: dict[str, str]
     build: dict[str, Any]  # setup.py's record of the native build; empty if there is none
     ops: list[OpReport]
+    engines: list[EngineReport]
     problems: list[Problem]
 
 
 def diagnose() -> Diagnosis:
     """Look at the installation and run every op once against its reference in lego.ops."""
-    diagnosis = Diagnosis(versions=_versions(), build={}, ops=[], problems=[])
+    diagnosis = Diagnosis(versions=_versions(), build={}, ops=[], engines=[], problems=[])
     problems = diagnosis.problems
     if shutil.which("nvidia-smi") and not torch.cuda.is_available():
         what = "an NVIDIA driver is installed, but torch sees no GPU"
@@ -81,7 +92,20 @@ def diagnose() -> Diagnosis:
             if report.error:
                 what = f"{op} on {device} ({report.backend}): {report.error}"
                 problems.append(Problem(what=what, fix="set LEGO_BACKEND=reference, and report it"))
+        engine = _engine_report(device)
+        diagnosis.engines.append(engine)
+        if engine.error:
+            what = f"the native engine on {device}: {engine.error}"
+            problems.append(Problem(what=what, fix="use --engine reference, and report it"))
     return diagnosis
+
+
+def _engine_report(device: str) -> EngineReport:
+    from lego.engine import agrees_with_reference, native_mode
+
+    mode, why = native_mode(device)
+    error = _error(agrees_with_reference, device) if mode else ""
+    return EngineReport(device=device, mode=mode or "none", why=why, error=error)
 
 
 def print_diagnosis(diagnosis: Diagnosis, json: bool = False) -> int:
@@ -106,6 +130,14 @@ def _print_tables(diagnosis: Diagnosis, console: Console) -> None:
             "Ops",
             ("op", "device", "backend", "why", "self-test"),
             ((r.op, r.device, r.backend, r.why, r.error or "agrees") for r in diagnosis.ops),
+        ),
+        _table(
+            "Native engine",
+            ("device", "mode", "why", "self-test"),
+            (
+                (r.device, r.mode, r.why, "-" if r.mode == "none" else r.error or "agrees")
+                for r in diagnosis.engines
+            ),
         ),
     )
     for name, made in libraries.items():
@@ -156,8 +188,8 @@ def _output(*command: str) -> list[str]:
     return done.stdout.splitlines() or [""]
 
 
-def _error(self_test: Callable[..., bool], op: Callable[..., Any], device: str) -> str:
+def _error(self_test: Callable[..., bool], *arguments: Any) -> str:
     try:
-        return "" if self_test(op, device) else "differs from its reference"
+        return "" if self_test(*arguments) else "differs from its reference"
     except (RuntimeError, ValueError) as error:
         return str(error)

@@ -1,12 +1,18 @@
-"""The native engine: a LegoModel's weights in a decoder of lego_kernels."""
+"""The native engine: a LegoModel's weights in a decoder of lego_kernels.
+
+Whoever may do without it imports this late: with LEGO_BACKEND=native it fails where the kernels do.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
+import torch
+
+from lego.config import ModelConfig
 from lego.counts import Counts
 from lego.decoding import GeneratedToken
-from lego.generation import Engine, ReferenceEngine
+from lego.generation import Engine, EngineName, ReferenceEngine, generate
 from lego.layers import Block
 from lego.model import LegoModel
 from lego.sampling import Sampling
@@ -14,70 +20,66 @@ from lego.strategies import EarlyExit, Speculative, Strategy, Uncached
 from lego_kernels import library
 from lego_kernels.decoder import sampling as kernels
 from lego_kernels.decoder.decoder import Decoder
+from lego_kernels.decoder.deferral import DeferringDecoder
+from lego_kernels.decoder.device_decoder import DeviceDecoder
+from lego_kernels.decoder.graph_step import choose_mode
 from lego_kernels.decoder.speculative import SpeculativeDecoder
 from lego_kernels.decoder.weights import DecoderWeights, Gate, LayerWeights, UpperKV
 from lego_kernels.validation import DTYPES
 
-EngineName = Literal["auto", "reference", "native"]
-
 
 class NativeEngine:
-    """Decodes by native CPU kernels; generate(..., engine=NativeEngine(model)).
+    """Decodes by native kernels; generate(..., engine=NativeEngine(model)).
+
+    On the CPU it serves every strategy but Uncached; `deferral` lets rows of a batch wait for the
+    upper block and run it together. On CUDA it serves FullDepth, and EarlyExit for exit-state
+    models.
 
     Reads the model's parameters where they lie: what training writes to them shows here, but not a
     parameter put in another's place, as model.to(dtype) does.
     Raises: ValueError if why_not(model) says something.
     """
 
-    def __init__(self, model: LegoModel) -> None:
+    def __init__(self, model: LegoModel, *, deferral: bool = False) -> None:
         if problem := why_not(model):
             raise ValueError(f"NativeEngine: {problem}")
-        self.model = model
+        self.model, self.deferral = model, deferral
         self.weights = decoder_weights(model)
 
     def decoder(
         self, strategy: Strategy, sampling: Sampling, num_rows: int, num_slots: int
     ) -> NativeTokens:
-        """Contract of lego.generation.Engine.decoder; Uncached has no native form: ValueError."""
+        """Contract of lego.generation.Engine.decoder.
+
+        Raises: ValueError if the strategy is not served.
+        """
         how = kernels.Sampling(
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             seed=sampling.seed,
         )
-        decoder: Decoder | SpeculativeDecoder
-        if isinstance(strategy, Uncached):
-            raise ValueError(f"NativeEngine: strategy must use caches, got {strategy}")
+        if problem := why_not(self.model, strategy):
+            raise ValueError(f"NativeEngine: {problem}")
+        where: dict[str, Any] = {"num_rows": num_rows, "num_slots": num_slots, "sampling": how}
         if isinstance(strategy, Speculative):
             strategy.check(self.model)
-            decoder = SpeculativeDecoder(
-                self.weights,
-                num_rows,
-                num_slots,
-                draft_tokens=strategy.draft_tokens,
-                stop_confidence=strategy.stop_confidence,
-                criterion=strategy.criterion,
-                sampling=how,
-            )
-        elif isinstance(strategy, EarlyExit):
-            decoder = Decoder(
-                self.weights,
-                num_rows,
-                num_slots,
-                threshold=strategy.threshold,
-                criterion=strategy.criterion,
-                kv_policy=strategy.policy_for(self.model),
-                sampling=how,
-            )
-        else:
-            decoder = Decoder(self.weights, num_rows, num_slots, sampling=how)
-        return NativeTokens(decoder)
+            options = vars(strategy)
+            return NativeTokens(SpeculativeDecoder(self.weights, **where, **options))
+        if isinstance(strategy, EarlyExit):
+            policy = strategy.policy_for(self.model)
+            where |= {"threshold": strategy.threshold, "criterion": strategy.criterion}
+            if self.model.device.type == "cpu":
+                where["kv_policy"] = policy
+        if self.model.device.type != "cpu":
+            return NativeTokens(DeviceDecoder(self.weights, **where))
+        return NativeTokens((DeferringDecoder if self.deferral else Decoder)(self.weights, **where))
 
 
 class NativeTokens:
     """A decoder of lego_kernels as a lego.decoding.TokenDecoder."""
 
-    def __init__(self, decoder: Decoder | SpeculativeDecoder) -> None:
+    def __init__(self, decoder: Decoder | SpeculativeDecoder | DeviceDecoder) -> None:
         self._decoder = decoder
         self.prefill = decoder.prefill
         self.finish = decoder.finish
@@ -93,23 +95,35 @@ class NativeTokens:
 def engine_for(model: LegoModel, strategy: Strategy, name: EngineName) -> Engine:
     """The engine of that name; `auto` is native where that serves the model and the strategy.
 
-    Raises: ValueError if `native` does not serve the model.
+    Raises: ValueError if `native` does not serve the model; its decoder() if not the strategy.
     """
-    served = not why_not(model) and not isinstance(strategy, Uncached)
-    native = name == "native" or (name == "auto" and served)
+    native = name == "native" or (name == "auto" and not why_not(model, strategy))
     return NativeEngine(model) if native else ReferenceEngine(model)
 
 
-def why_not(model: LegoModel) -> str:
-    """Why the native engine does not serve a model; empty if it does."""
-    dtype = model.embedding.weight.dtype
-    if library.NOT_LOADED["CPU"]:
+def why_not(model: LegoModel, strategy: Strategy | None = None) -> str:
+    """Why the native engine does not serve a model, or this strategy with it; empty if it does."""
+    device, dtype = model.device.type, model.embedding.weight.dtype
+    if device not in ("cpu", "cuda"):
+        return f"the model must be on the CPU or on CUDA, got {model.device}"
+    if device == "cpu" and library.NOT_LOADED["CPU"]:
         return f"the CPU kernels must be loaded, got {library.NOT_LOADED['CPU']}"
-    if model.device.type != "cpu":
-        return f"the model must be on the CPU, got {model.device}"
     if dtype not in DTYPES:
         return f"the model must be float32, bfloat16 or float16, got {dtype}"
+    if isinstance(strategy, Uncached):
+        return f"strategy must use caches, got {strategy}"
+    exits_own = isinstance(strategy, EarlyExit) and model.config.upper_kv == "own"
+    if device == "cuda" and (exits_own or isinstance(strategy, Speculative)):
+        return f"strategy must be FullDepth or exact EarlyExit on CUDA, got {strategy}"
     return ""
+
+
+def native_mode(device: str) -> tuple[str, str]:
+    """How the native engine steps on a device, "" if not at all, and why not better."""
+    if device == "cpu":
+        missing = library.NOT_LOADED["CPU"]
+        return ("", missing) if missing else ("decode_layers", "the CPU kernels are loaded")
+    return choose_mode("auto", torch.device(device))
 
 
 def decoder_weights(model: LegoModel) -> DecoderWeights:
@@ -152,3 +166,19 @@ def _layer(block: Block) -> LayerWeights:
         gate_up=mlp.gate_up_proj.weight,
         down=mlp.down_proj.weight,
     )
+
+
+@torch.no_grad()
+def agrees_with_reference(device: str) -> bool:
+    """Whether the native engine generates what the reference does, some tokens deep, some not."""
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=97, dim=32, num_heads=2, num_kv_heads=1, hidden_dim=40)
+    model = LegoModel(config).to(device).requires_grad_(False)
+    model.gate.weight.normal_()
+    strategy = EarlyExit(threshold=0.5, criterion="gate")
+    prompts = [[1, 2, 3], [4]]
+    reference = generate(model, prompts, 8, strategy)
+    native = generate(model, prompts, 8, strategy, engine=NativeEngine(model))
+    depths = {depth for row in reference.exit_layer for depth in row}
+    assert len(depths) == 2, "the self-test must see both exits"
+    return (native.tokens, native.exit_layer) == (reference.tokens, reference.exit_layer)

@@ -13,7 +13,6 @@ from lego.checkpoint import Checkpoint, save_checkpoint
 from lego.config import Criterion, ExperimentConfig, ModelConfig, UpperKV
 from lego.cost import dense_true_cost, expected_true_cost, layer_cost
 from lego.data import Corpus, TokenSplit, num_windows, prepare_corpus, window_batch
-from lego.engine import NativeEngine, why_not
 from lego.evaluation import (
     TokenScores,
     perplexity,
@@ -66,6 +65,8 @@ def run_experiment(config: ExperimentConfig, corpus: Corpus, folder: Path, watch
     Phases found whole in folder/training are not repeated. Checkpoints are written to
     folder/checkpoint and folder/baselines.
     """
+    import lego.engine  # noqa: F401  if it cannot be imported, then before the training
+
     trained, checkpoint = train_checkpoint(config, corpus, folder, watch)
     windows = Windows.split(corpus.train.ids, config.train)
     model_config, training = trained.model.config, folder / "training"
@@ -179,7 +180,9 @@ def _measure(
             threshold=calibration.threshold[by], criterion=by, kv_policy=config.exit.kv_policy
         )
 
-    timed = _time(model, corpus.validation, early_exit(criterion), early_exit("gate"), config)
+    timed, native_engine = _time(
+        model, corpus.validation, early_exit(criterion), early_exit("gate"), config
+    )
     criteria = {
         name: two_stage(model, scores, corpus.validation, name, threshold)
         for name, threshold in calibration.threshold.items()
@@ -193,9 +196,7 @@ def _measure(
         },
         "experiment_002": early_exit_results(timed, "exit"),
         "experiment_002_gate": early_exit_results(timed, "gate"),
-        "native_engine": {"why_not": why_not(model)}
-        if why_not(model)
-        else native_engine_results(timed),
+        "native_engine": native_engine,
         "criteria": criteria,
         "stepwise": _stepwise(
             model, corpus.validation, routed_nll.view(-1, seq_len), early_exit(criterion)
@@ -215,8 +216,10 @@ def _time(
     by_exit: EarlyExit,
     by_gate: EarlyExit,
     config: ExperimentConfig,
-) -> TimedGeneration:
-    """Every strategy in turns: of the reference, and of the native engine where that serves."""
+) -> tuple[TimedGeneration, dict[str, Any]]:
+    """Every strategy in turns; and the native engine's results, or why there are none."""
+    from lego.engine import NativeEngine, why_not
+
     strategies: dict[str, Strategy] = {
         "uncached": Uncached(),
         "uncached_last": Uncached(all_logits=False),
@@ -224,16 +227,17 @@ def _time(
         "exit": by_exit,
         "gate": by_gate,
     }
+    if problem := why_not(model):
+        return time_generation(model, split, strategies, config.timing), {"why_not": problem}
     native: dict[str, Strategy] = {
         "native_full": FullDepth(),
         "native_exit": by_exit,
         "native_gate": by_gate,
         "native_speculative": Speculative(),
     }
-    if why_not(model):
-        return time_generation(model, split, strategies, config.timing)
     engines = dict.fromkeys(native, NativeEngine(model))
-    return time_generation(model, split, strategies | native, config.timing, engines=engines)
+    timed = time_generation(model, split, strategies | native, config.timing, engines=engines)
+    return timed, native_engine_results(timed)
 
 
 def _phase_results(trained: Trained, scores: TokenScores, split: TokenSplit) -> dict[str, Any]:

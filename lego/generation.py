@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class GenerationOutput:
     stats: GenerationStats
 
 
+EngineName = Literal["auto", "reference", "native"]
 Streamer = Callable[[GeneratedToken], None]
 
 

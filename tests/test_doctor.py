@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import lego_kernels
-from lego import doctor
+from lego import doctor, engine
 from lego_kernels import library
 
 ROOT = Path(lego_kernels.__file__).parents[1]
@@ -56,3 +56,13 @@ def test_unusable_backend_is_reported():
     assert "LEGO_BACKEND: must be one of auto, native, reference, got fast" in done.stdout
     assert "Fix: unset LEGO_BACKEND" in done.stdout
     assert done.stdout.endswith("1\n")
+
+
+def test_native_engine_is_tried(monkeypatch, capsys):
+    (report,) = [r for r in doctor.diagnose().engines if r.device == "cpu"]
+    assert (report.mode, report.error) == ("decode_layers", "")
+    monkeypatch.setattr(engine, "agrees_with_reference", lambda device: False)
+    diagnosis = doctor.diagnose()
+    assert diagnosis.problems[0].what == "the native engine on cpu: differs from its reference"
+    assert doctor.print_diagnosis(diagnosis) == 1
+    assert "Fix: use --engine reference" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lego_kernels.decoder.weights import DecoderWeights, LayerWeights
-from lego_kernels.ops.decode_layers import FIELDS, decode_layers
+from lego_kernels.decoder.decode_layers import FIELDS, decode_layers
 
 
 class NativeLayers:
