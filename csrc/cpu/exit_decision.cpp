@@ -173,24 +173,26 @@ inline void reduce_tile(const lego::ExitInputs& in, const lego::ExitPartials& to
 // The partials of every row and of the tiles [begin, end). h is normed.
 template <class T>
 void exit_tiles(const lego::ExitInputs& in, const lego::ExitPartials& to, int64_t begin, int64_t end) {
-  constexpr int64_t kRows = 16;
-  const int64_t chunk = rows_that_stay<T>(in.B, in.D, lego::kTile);
+  const Blocks blocks = blocks_of<T>(in.B, in.D);
   const auto* h = static_cast<const T*>(in.h);
   const auto* head = static_cast<const T*>(in.head);
-  float logits[kRows * lego::kTile];
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const int64_t first = tile * lego::kTile, rest = in.V - first;
-    const int64_t count = rest < lego::kTile ? rest : lego::kTile;
-    for (int64_t row = 0; row < in.B; row += kRows) {
-      const int64_t num_rows = in.B - row < kRows ? in.B - row : kRows;
-      for (int64_t n = 0; n < count; n += chunk) {
+  float logits[kBlockSums];
+  const int64_t stop = end * lego::kTile < in.V ? end * lego::kTile : in.V;
+  for (int64_t first = begin * lego::kTile; first < stop; first += blocks.num_sums) {
+    const int64_t count = stop - first < blocks.num_sums ? stop - first : blocks.num_sums;
+    for (int64_t row = 0; row < in.B; row += blocks.num_x) {
+      const int64_t num_rows = in.B - row < blocks.num_x ? in.B - row : blocks.num_x;
+      for (int64_t n = 0; n < count; n += blocks.num_w) {
         dot_products(h + row * in.h_stride, in.h_stride, num_rows, head + (first + n) * in.head_stride,
-                     in.head_stride, count - n < chunk ? count - n : chunk, in.D, logits + n, lego::kTile);
+                     in.head_stride, count - n < blocks.num_w ? count - n : blocks.num_w, in.D, logits + n,
+                     blocks.num_sums);
       }
       for (int64_t r = 0; r < num_rows; ++r) {
-        float* x = logits + r * lego::kTile;
-        for (int64_t n = count; n < lego::kTile; ++n) x[n] = -__builtin_inff();
-        reduce_tile(in, to, row + r, tile, x);
+        for (int64_t n = 0; n < count; n += lego::kTile) {
+          float* x = logits + r * blocks.num_sums + n;
+          for (int64_t i = count - n; i < lego::kTile; ++i) x[i] = -__builtin_inff();
+          reduce_tile(in, to, row + r, (first + n) / lego::kTile, x);
+        }
       }
     }
   }

@@ -100,16 +100,25 @@ inline void dot_rows(const T* x, int64_t x_stride, const T* w, int64_t w_stride,
   }
 }
 
-constexpr int64_t kMostRows = 4;  // of x in one pass over w
+constexpr int64_t kMostRows = 4;      // of x in one pass over w
+constexpr int64_t kBlockSums = 4096;  // dot products of a block, 16 KiB of the first-level cache
 
-// Rows of w, kLanes to `most` of them, that stay in the second-level cache while all rows of x pass:
-// 128 KiB, where the smallest such cache has twice that. All of them if x passes at once.
+// How much of a product of num_x rows with a weight is done at once.
+struct Blocks {
+  int64_t num_x;     // rows of x
+  int64_t num_sums;  // rows of w whose products fit in kBlockSums: a multiple of 256
+  int64_t num_w;     // rows of w that one call of dot_products reads, at most num_sums
+};
+
+// Few rows of x pass w at once, and the longer its parts the better. More rows pass the same part of w
+// again and again: 128 KiB, where the smallest second-level cache has twice that.
 template <class T>
-inline int64_t rows_that_stay(int64_t num_x, int64_t width, int64_t most) {
-  if (num_x <= kMostRows) return most;
+inline Blocks blocks_of(int64_t num_x, int64_t width) {
+  if (num_x <= kMostRows) return {kMostRows, kBlockSums / kMostRows, kBlockSums / kMostRows};
   const int64_t row_bytes = width > 0 ? width * static_cast<int64_t>(sizeof(T)) : 1;
   const int64_t fitting = (128 << 10) / row_bytes / kLanes * kLanes;
-  return fitting < kLanes ? kLanes : fitting < most ? fitting : most;
+  const int64_t most = kBlockSums / 16;
+  return {16, most, fitting < kLanes ? kLanes : fitting < most ? fitting : most};
 }
 
 // out[r * out_stride + n] = x[r] . w[n] for all rows of x and of w, each `width` long. The rows of w
