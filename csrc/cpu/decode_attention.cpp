@@ -12,6 +12,7 @@
 #include <optional>
 
 #include "dtype.h"
+#include "rows.h"
 #define LEGO_OP_FILE "decode_attention.cpp"
 #include "for_each_isa.h"
 
@@ -49,14 +50,14 @@ void decode_attention_cpu(const Tensor& q, const Tensor& k_cache, const Tensor& 
     // a thread reads 64 KiB of cache at least: some 6 us, which is what waking it costs
     const int64_t head_bytes = 2 * std::max<int64_t>(1, longest) * E * sizeof(Value);
     const int64_t grain = std::max<int64_t>(1, (64 << 10) / head_bytes);
-    torch::stable::parallel_for(0, B * Hkv * T, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t b = i / (Hkv * T), h = i / T % Hkv, t = i % T;
+    torch::stable::parallel_for(0, B * T * Hkv, grain, [&](int64_t begin, int64_t end) {
+      lego::for_head_runs(begin, end, Hkv, [&](int64_t token, int64_t h, int64_t heads) {
+        const int64_t b = token / T, t = token % T;
         const int64_t num_slots = std::max<int64_t>(0, lengths[b] - T + t + 1);
-        kernel(at(q, b, t, h * group), q.stride(2), group, at(k_cache, b, 0, h), k_cache.stride(1),
-               at(v_cache, b, 0, h), v_cache.stride(1), num_slots, E, static_cast<float>(scale),
-               at(out, b, t, h * group), out.stride(2));
-      }
+        kernel(at(q, b, t, h * group), q.stride(2), group, heads, at(k_cache, b, 0, h), k_cache.stride(1),
+               k_cache.stride(2), at(v_cache, b, 0, h), v_cache.stride(1), v_cache.stride(2), num_slots, E,
+               static_cast<float>(scale), at(out, b, t, h * group), out.stride(2));
+      });
     });
   });
 }

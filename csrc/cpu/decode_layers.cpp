@@ -16,6 +16,7 @@
 #include <optional>
 
 #include "dtype.h"
+#include "rows.h"
 #define LEGO_OP_FILE "decode_layers.cpp"
 #include "for_each_isa.h"
 
@@ -132,16 +133,15 @@ class Chunk {
     const auto kernel = LEGO_KERNEL(decode_attention<T>);
     int64_t longest = 1;
     for (int64_t n = 0; n < shape_.N; ++n) longest = std::max(longest, tokens_[n].slot + 1);
+    const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(E));
     for_parts(shape_.N * Hkv, 2 * longest * E, 16384, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t n = i / Hkv, head = i % Hkv;
+      lego::for_head_runs(begin, end, Hkv, [&](int64_t n, int64_t head, int64_t heads) {
         const Token& token = tokens_[n];
-        kernel(buffers_.wide + n * stride + head * group * E, E, group,
-               at(k_cache_, index, token.row, 0) + head * E, Hkv * E,
-               at(v_cache_, index, token.row, 0) + head * E, Hkv * E, token.slot + 1, E,
-               1.0f / __builtin_sqrtf(static_cast<float>(E)), buffers_.inner + n * width + head * group * E,
-               E);
-      }
+        kernel(buffers_.wide + n * stride + head * group * E, E, group, heads,
+               at(k_cache_, index, token.row, 0) + head * E, Hkv * E, E,
+               at(v_cache_, index, token.row, 0) + head * E, Hkv * E, E, token.slot + 1, E, scale,
+               buffers_.inner + n * width + head * group * E, E);
+      });
     });
     linear(buffers_.inner, width, layer.o_proj, nullptr, shape_.D, buffers_.out);
     norm(layer.mlp_norm, true);

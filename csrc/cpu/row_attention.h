@@ -2,8 +2,10 @@
 // for_each_isa.h says.
 
 constexpr int64_t kTileSlots = 128;  // their weights, 8 KiB at most, stay in the first-level cache
-constexpr int64_t kMaxHeads = 16;    // that share one pass over the keys and values
+constexpr int64_t kMaxGroup = 16;    // heads that share one pass over a head's keys and values
 constexpr int64_t kMaxWidth = 256;   // output columns of one pass; wider heads take several
+constexpr int64_t kSums = kMaxGroup * kMaxWidth;  // outputs in the making, 16 KiB
+constexpr int64_t kMaxHeads = 64;                 // that have outputs in the making
 
 // q . k[n] for kLanes slots; the lanes from `count` on repeat the last slot
 template <bool all_slots, class T>
@@ -28,11 +30,23 @@ inline Vec dot_slots(const T* q, const T* k, int64_t k_stride, int64_t count, in
   return sum_each(acc);
 }
 
+// Memory that is soon read from one end to the other, into the second-level cache.
+struct Ahead {
+  const char *at, *end;
+
+  void prefetch(int64_t bytes) {
+    for (const char* stop = at + bytes < end ? at + bytes : end; at < stop; at += 64)
+      __builtin_prefetch(at, 0, 2);
+  }
+};
+
 // score[h * kTileSlots + s] = q[h] . k[s] * scale, and -inf from s = count to the end of the vector
 template <class T>
 inline void score_tile(const T* q, int64_t q_stride, int64_t num_heads, const T* k, int64_t k_stride,
-                       int64_t count, int64_t E, float scale, float* score) {
+                       int64_t count, int64_t E, float scale, float* score, Ahead& ahead_k, Ahead& ahead_v) {
   for (int64_t s = 0; s < count; s += kLanes) {
+    ahead_k.prefetch(kLanes * E * sizeof(T));
+    ahead_v.prefetch(kLanes * E * sizeof(T));
     for (int64_t h = 0; h < num_heads; ++h) {
       float* to = score + h * kTileSlots + s;
       const T *query = q + h * q_stride, *key = k + s * k_stride;
@@ -70,73 +84,118 @@ struct Softmax {
   }
 };
 
-// acc[r] = acc[r] * shrink[r] + weight[r] . values, for R heads and N vectors of columns
+// acc[r] = acc[r] * shrink[r] + weight[r] . values, for R heads and N vectors of columns. The slots go
+// to four sums in turn, since each waits for its last addition.
 template <int R, int N, class Read>
 __attribute__((always_inline)) inline void add_columns(const float* weight, const float* shrink,
-                                                       int64_t count, float* acc, const Read& read) {
-  Vec sums[R][N];
-  for (int r = 0; r < R; ++r) {
-    for (int n = 0; n < N; ++n) sums[r][n] = load(acc + r * kMaxWidth + n * kLanes) * shrink[r];
-  }
-  for (int64_t s = 0; s < count; ++s) {
+                                                       int64_t count, float* acc, int64_t acc_stride,
+                                                       const Read& read) {
+  constexpr int kTurns = 4;
+  Vec sums[kTurns][R][N] = {};
+  const auto add = [&](int turn, int64_t s) __attribute__((always_inline)) {
     for (int n = 0; n < N; ++n) {
       const Vec value = read(s, n);
-      for (int r = 0; r < R; ++r) sums[r][n] += weight[r * kTileSlots + s] * value;
+      for (int r = 0; r < R; ++r) sums[turn][r][n] += weight[r * kTileSlots + s] * value;
     }
+  };
+  int64_t s = 0;
+  for (; s + kTurns <= count; s += kTurns) {
+    for (int turn = 0; turn < kTurns; ++turn) add(turn, s + turn);
   }
+  for (; s < count; ++s) add(0, s);
   for (int r = 0; r < R; ++r) {
-    for (int n = 0; n < N; ++n) store(acc + r * kMaxWidth + n * kLanes, sums[r][n]);
+    for (int n = 0; n < N; ++n) {
+      float* to = acc + r * acc_stride + n * kLanes;
+      const Vec sum = (sums[0][r][n] + sums[1][r][n]) + (sums[2][r][n] + sums[3][r][n]);
+      store(to, load(to) * shrink[r] + sum);
+    }
   }
 }
 
 template <int R, class T>
 inline void add_values(const float* weight, const float* shrink, const T* v, int64_t v_stride, int64_t count,
-                       int64_t width, float* acc) {
-  // as many sums at once as hide the latency of one and fit in the registers
-  constexpr int N = kLanes == 16 || R <= 2 ? 4 : 2;
+                       int64_t width, float* acc, int64_t acc_stride) {
+  // as many columns at once as fit in the registers, four sums each
+  constexpr int N = kLanes == 16 && R <= 2 ? 4 / R : kLanes < 16 && R == 1 ? 2 : 1;
   int64_t c = 0;
   const auto whole = [&](int64_t s, int n) __attribute__((always_inline)) {
-    const T* from = v + s * v_stride + c;
-    return load(from + n * kLanes);
+    const T* from = v + s * v_stride + c + n * kLanes;
+    return load(from);
   };
   for (; c + N * kLanes <= width; c += N * kLanes) {
-    add_columns<R, N>(weight, shrink, count, acc + c, whole);
+    add_columns<R, N>(weight, shrink, count, acc + c, acc_stride, whole);
   }
-  for (; c + kLanes <= width; c += kLanes) add_columns<R, 1>(weight, shrink, count, acc + c, whole);
+  for (; c + kLanes <= width; c += kLanes)
+    add_columns<R, 1>(weight, shrink, count, acc + c, acc_stride, whole);
   if (c < width) {
-    add_columns<R, 1>(weight, shrink, count, acc + c, [&](int64_t s, int) __attribute__((always_inline)) {
-      return load_first(v + s * v_stride + c, width - c);
-    });
+    add_columns<R, 1>(weight, shrink, count, acc + c, acc_stride,
+                      [&](int64_t s, int) __attribute__((always_inline)) {
+                        return load_first(v + s * v_stride + c, width - c);
+                      });
   }
 }
 
-// Columns [0, width) of the attention of num_heads <= kMaxHeads query heads over `num_slots` slots of
-// the key and value head that they share. Tiles come in one order, so that the bits of a head depend
-// on its own query, keys and values alone.
+// Keys or values of one row: slots, and heads in a slot, as far apart as the strides say.
 template <class T>
-void attend(const T* q, int64_t q_stride, int64_t num_heads, const T* k, int64_t k_stride, const T* v,
-            int64_t v_stride, int64_t num_slots, int64_t E, int64_t width, float scale, T* out,
-            int64_t out_stride) {
-  float score[kMaxHeads * kTileSlots], acc[kMaxHeads * kMaxWidth], shrink[kMaxHeads];
+struct CacheRow {
+  const T* data;
+  int64_t slot, head;
+
+  const T* at(int64_t s, int64_t h) const { return data + s * slot + h * head; }
+};
+
+inline int64_t padded(int64_t width) { return (width + kLanes - 1) / kLanes * kLanes; }
+
+// Query heads whose outputs are in the making together.
+inline int64_t heads_at_once(int64_t E) {
+  const int64_t fitting = kSums / padded(E < kMaxWidth ? E : kMaxWidth);
+  return fitting < kMaxHeads ? fitting : kMaxHeads;
+}
+
+// The slots [first, first + count).
+template <class T>
+inline Ahead ahead_of(CacheRow<T> x, int64_t first, int64_t count) {
+  return {reinterpret_cast<const char*>(x.at(first, 0)),
+          reinterpret_cast<const char*>(x.at(first + count, 0))};
+}
+
+// Columns [0, width) of the attention of num_kv heads of the cache, each shared by `group` query heads,
+// as many as heads_at_once allows, over `num_slots` slots. A tile of slots serves all heads before the next,
+// as it lies in memory. Tiles come in one order, so that the bits of a head depend on its own query, keys and
+// values alone.
+template <class T>
+void attend(const T* q, int64_t q_stride, int64_t group, int64_t num_kv, CacheRow<T> k, CacheRow<T> v,
+            int64_t num_slots, int64_t E, int64_t width, float scale, T* out, int64_t out_stride) {
+  float score[kMaxGroup * kTileSlots], acc[kSums], shrink[kMaxGroup];
   Softmax softmax[kMaxHeads];
-  std::memset(acc, 0, num_heads * kMaxWidth * sizeof *acc);
+  const int64_t num_heads = num_kv * group, acc_stride = padded(width);
+  std::memset(acc, 0, num_heads * acc_stride * sizeof *acc);
   for (int64_t s = 0; s < num_slots; s += kTileSlots) {
     const int64_t count = num_slots - s < kTileSlots ? num_slots - s : kTileSlots;
-    score_tile(q, q_stride, num_heads, k + s * k_stride, k_stride, count, E, scale, score);
-    for (int64_t h = 0; h < num_heads; ++h) shrink[h] = softmax[h].add_tile(score + h * kTileSlots, count);
-    for (int64_t h = 0; h < num_heads; h += 4) {
-      const int64_t rest = num_heads - h;
-      const auto add = rest == 1   ? add_values<1, T>
-                       : rest == 2 ? add_values<2, T>
-                       : rest == 3 ? add_values<3, T>
-                                   : add_values<4, T>;
-      add(score + h * kTileSlots, shrink + h, v + s * v_stride, v_stride, count, width, acc + h * kMaxWidth);
+    const int64_t next = num_slots - s - count < kTileSlots ? num_slots - s - count : kTileSlots;
+    Ahead ahead_k = ahead_of(k, s + count, next), ahead_v = ahead_of(v, s + count, next);
+    for (int64_t kv = 0; kv < num_kv; ++kv) {
+      const int64_t first = kv * group;
+      score_tile(q + first * q_stride, q_stride, group, k.at(s, kv), k.slot, count, E, scale, score, ahead_k,
+                 ahead_v);
+      for (int64_t h = 0; h < group; ++h) {
+        shrink[h] = softmax[first + h].add_tile(score + h * kTileSlots, count);
+      }
+      for (int64_t h = 0; h < group; h += 4) {
+        const int64_t rest = group - h;
+        const auto add = rest == 1   ? add_values<1, T>
+                         : rest == 2 ? add_values<2, T>
+                         : rest == 3 ? add_values<3, T>
+                                     : add_values<4, T>;
+        add(score + h * kTileSlots, shrink + h, v.at(s, kv), v.slot, count, width,
+            acc + (first + h) * acc_stride, acc_stride);
+      }
     }
   }
   for (int64_t h = 0; h < num_heads; ++h) {
     // no slot seen, or -inf everywhere: zeros
     const float share = softmax[h].total == 0 ? 0 : 1 / softmax[h].total;
-    const float* from = acc + h * kMaxWidth;
+    const float* from = acc + h * acc_stride;
     T* to = out + h * out_stride;
     for_each_vec(
         width, [&](int64_t c) { store(to + c, load(from + c) * share); },
@@ -144,17 +203,23 @@ void attend(const T* q, int64_t q_stride, int64_t num_heads, const T* k, int64_t
   }
 }
 
-// As attend, for heads of any number and width.
+// As attend, for heads of any number and width; q is that of the first of num_kv heads of the cache, which
+// k and v point to.
 template <class T>
-void decode_attention(const T* q, int64_t q_stride, int64_t num_heads, const T* k, int64_t k_stride,
-                      const T* v, int64_t v_stride, int64_t num_slots, int64_t E, float scale, T* out,
-                      int64_t out_stride) {
-  for (int64_t h = 0; h < num_heads; h += kMaxHeads) {
-    const int64_t heads = num_heads - h < kMaxHeads ? num_heads - h : kMaxHeads;
-    for (int64_t c = 0; c < E; c += kMaxWidth) {
-      const int64_t width = E - c < kMaxWidth ? E - c : kMaxWidth;
-      attend(q + h * q_stride, q_stride, heads, k, k_stride, v + c, v_stride, num_slots, E, width, scale,
-             out + h * out_stride + c, out_stride);
+void decode_attention(const T* q, int64_t q_stride, int64_t group, int64_t num_kv, const T* k, int64_t k_slot,
+                      int64_t k_head, const T* v, int64_t v_slot, int64_t v_head, int64_t num_slots,
+                      int64_t E, float scale, T* out, int64_t out_stride) {
+  const int64_t at_once = group <= kMaxGroup ? heads_at_once(E) / group : 1;
+  for (int64_t kv = 0; kv < num_kv; kv += at_once) {
+    const int64_t heads_kv = num_kv - kv < at_once ? num_kv - kv : at_once;
+    for (int64_t h = 0; h < group; h += kMaxGroup) {
+      const int64_t heads = group - h < kMaxGroup ? group - h : kMaxGroup, first = kv * group + h;
+      for (int64_t c = 0; c < E; c += kMaxWidth) {
+        const int64_t width = E - c < kMaxWidth ? E - c : kMaxWidth;
+        attend(q + first * q_stride, q_stride, heads, heads_kv, {k + kv * k_head, k_slot, k_head},
+               {v + kv * v_head + c, v_slot, v_head}, num_slots, E, width, scale,
+               out + first * out_stride + c, out_stride);
+      }
     }
   }
 }

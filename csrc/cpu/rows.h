@@ -42,4 +42,16 @@ struct PerRow {
   V operator[](int64_t row) const { return data[row * stride]; }
 };
 
+// Calls run(token, first head, number of heads) for the heads [begin, end) of tokens that have num_heads
+// each, counted through: all heads of a token at once where the range holds them.
+template <class Run>
+void for_head_runs(int64_t begin, int64_t end, int64_t num_heads, const Run& run) {
+  while (begin < end) {
+    const int64_t first = begin % num_heads, left = end - begin;
+    const int64_t heads = num_heads - first < left ? num_heads - first : left;
+    run(begin / num_heads, first, heads);
+    begin += heads;
+  }
+}
+
 }  // namespace lego
