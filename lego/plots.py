@@ -34,7 +34,7 @@ def save_plots(outcome: Outcome, folder: Path) -> None:
 
 def plot_loss(history: Mapping[str, list[Evaluation]]) -> Figure:
     """Held-out (solid) and training (dotted) loss of every phase."""
-    figure, axes = _axes("step", "loss (nats per token)")
+    figure, axes = new_axes("step", "loss (nats per token)")
     for phase, evaluations in history.items():
         steps = [e.step for e in evaluations]
         (line,) = axes.plot(steps, [e.holdout_loss for e in evaluations], marker="o", label=phase)
@@ -47,7 +47,7 @@ def plot_loss(history: Mapping[str, list[Evaluation]]) -> Figure:
 
 def plot_confidence(scores: TokenScores, criterion: Criterion, threshold: float) -> Figure:
     """Confidence of the validation tokens, right and wrong ones apart, with the threshold."""
-    figure, axes = _axes(f"confidence ({criterion})", "validation tokens")
+    figure, axes = new_axes(f"confidence ({criterion})", "validation tokens")
     confidence = scores.confidence[criterion].numpy()
     correct = scores.correct_shallow.numpy()
     axes.hist(
@@ -64,7 +64,7 @@ def plot_confidence(scores: TokenScores, criterion: Criterion, threshold: float)
 
 def plot_cost(scores: TokenScores, config: ModelConfig, results: Mapping[str, Any]) -> Figure:
     """Routed perplexity against true cost over all thresholds, with the dense models."""
-    figure, axes = _axes("true cost (full depth = 1)", "validation PPL")
+    figure, axes = new_axes("true cost (full depth = 1)", "validation PPL")
     for criterion in ("max_prob", "gate"):
         confidence = np.sort(scores.confidence[criterion].numpy())[::-1]
         costs, ppls = [], []
@@ -90,7 +90,7 @@ def plot_cost(scores: TokenScores, config: ModelConfig, results: Mapping[str, An
     return figure
 
 
-def _axes(x_label: str, y_label: str) -> tuple[Figure, Any]:
+def new_axes(x_label: str, y_label: str) -> tuple[Figure, Any]:
     # Figure without pyplot: no global state, no window
     figure = Figure(figsize=_SIZE, layout="constrained")
     axes = figure.subplots()

@@ -1,0 +1,113 @@
+"""Early exit at a shallow ratio that is asked for, and what it saves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.decode_cases import Engine, Run
+from lego.config import Criterion, KVPolicy
+from lego.cost import elements_read, realised_savings, time_efficiency
+from lego.model import LegoModel
+from lego.timing import ratio_spread
+from lego_kernels.decoder.counts import Counts
+
+_TRIES = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForcedExit:
+    """A decoder whose threshold lets about the wanted share of a generation exit."""
+
+    engine: Engine
+    criterion: Criterion
+    threshold: float
+    run: Run
+
+    def shallow_ratio(self, num_layers: int) -> float:
+        return shallow_ratio(self.run, num_layers)
+
+
+def shallow_ratio(run: Run, num_layers: int) -> float:
+    """Of the tokens that are timed."""
+    return sum(depth < num_layers for depth in run.exit_layer[1:]) / len(run.exit_layer[1:])
+
+
+def force_exit(
+    model: LegoModel,
+    prompt: Tensor,
+    num_tokens: int,
+    criterion: Criterion,
+    ratio: float,
+    kv_policy: KVPolicy | None = None,
+) -> ForcedExit:
+    """Bisect for the threshold: what is generated depends on it, so the ratio comes close at best.
+
+    A ratio of 0 takes a threshold of infinity.
+    """
+    num_layers = model.config.num_layers
+    engine = Engine(
+        model,
+        len(prompt) + num_tokens,
+        threshold=math.inf,
+        criterion=criterion,
+        kv_policy=kv_policy,
+    )
+
+    def attempt(threshold: float) -> ForcedExit:
+        engine.decoder.exits.set_threshold(threshold)
+        run = engine(prompt, num_tokens)
+        threshold = between(engine.confidence, threshold)
+        return ForcedExit(engine=engine, criterion=criterion, threshold=threshold, run=run)
+
+    best = attempt(math.inf)
+    if ratio == 0:
+        return best
+    low, high = min(engine.confidence), max(engine.confidence)
+    threshold = float(torch.tensor(engine.confidence).quantile(1 - ratio))
+    for _ in range(_TRIES):
+        tried = attempt(threshold)
+        reached = tried.shallow_ratio(num_layers)
+        best = min(best, tried, key=lambda x: abs(x.shallow_ratio(num_layers) - ratio))
+        if abs(reached - ratio) <= 1 / num_tokens:
+            break
+        low, high = (threshold, high) if reached > ratio else (low, threshold)
+        threshold = (low + high) / 2
+    engine.decoder.exits.set_threshold(best.threshold)
+    return best
+
+
+def between(confidence: Sequence[float], threshold: float) -> float:
+    """A threshold with the same decisions, midway between the confidences on either side of it,
+    where rounding decides nothing."""
+    above = min((c for c in confidence if c >= threshold), default=math.inf)
+    below = max((c for c in confidence if c < threshold), default=-math.inf)
+    return threshold if math.isinf(above) or math.isinf(below) else (above + below) / 2
+
+
+def savings(
+    model: LegoModel,
+    forced: ForcedExit,
+    full_counts: Counts,
+    full_seconds: Sequence[float],
+    exit_seconds: Sequence[float],
+) -> dict[str, Any]:
+    """Speedup over full depth, measured and as counted bytes allow it, of paired seconds."""
+    config = model.config
+    true_cost = elements_read(config, forced.engine.counts) / elements_read(config, full_counts)
+    speedup = ratio_spread(full_seconds, exit_seconds)
+    return {
+        "criterion": forced.criterion,
+        "threshold": forced.threshold,
+        "shallow_ratio": forced.shallow_ratio(config.num_layers),
+        "true_cost": true_cost,
+        "ideal_speedup": 1 / true_cost,
+        "speedup": [speedup.median, speedup.low, speedup.high],
+        "realised_savings": realised_savings(true_cost, speedup.median, 1.0),
+        "time_efficiency": time_efficiency(true_cost, speedup.median, 1.0),
+    }
