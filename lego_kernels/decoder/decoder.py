@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from lego_kernels.decoder.checks import Criterion, KVPolicy, check_room, policy_for
-from lego_kernels.decoder.rows import NewToken, Rows
+from lego_kernels.decoder.rows import Chunk, NewToken, Rows
 from lego_kernels.decoder.sampling import Sampling
 from lego_kernels.decoder.weights import DecoderWeights
 
@@ -112,13 +112,15 @@ class Decoder(Rows):
     def _run_newest(self, rows: Sequence[int]) -> None:
         """The final state of each row's newest token, to the first rows of the chunk."""
         S, position, upper_len = self.num_slots, self.position, self.upper_len
-        if self.policy == "exact":
-            self.fill_upper_kv(self.owed(rows, [position[r] + 1 for r in rows]))
-        elif self.policy == "propagate":
-            self.fill_upper_kv(self.owed(rows, [position[r] for r in rows]))
         at = upper_len if self.policy == "hole" else position
-        newest = [(r * S + position[r], r, position[r], at[r]) for r in rows]
-        if self.policy == "recompute" and any(upper_len[r] < position[r] for r in rows):
+        newest: Chunk = [(r * S + position[r], r, position[r], at[r]) for r in rows]
+        owing = any(upper_len[r] < at[r] for r in rows)
+        if self.policy == "exact":
+            stops = [position[r] + 1 for r in rows]
+            self.fill_upper_kv(self.owed(rows, stops) if owing else newest)
+        elif self.policy == "propagate" and owing:
+            self.fill_upper_kv(self.owed(rows, [position[r] for r in rows]))
+        if self.policy == "recompute" and owing:
             # the newest first, where their states are looked for; what is older, and does not fit
             # beside them, before them
             older = self.owed(rows, [position[r] for r in rows])

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lego_kernels.decoder.weights import DecoderWeights, LayerWeights
 from lego_kernels.decoder.decode_layers import FIELDS, decode_layers
+from lego_kernels.decoder.weights import DecoderWeights, LayerWeights
 
 
 class NativeLayers:

@@ -19,8 +19,9 @@ from lego_kernels.decoder.weights import DecoderWeights
 # tokens that share a pass over the weights in a prompt: more gain nothing, and take more workspace
 CHUNK_TOKENS = 128
 
-# a chunk, as NativeLayers.tokens: a row of (source, row, position, slot) for each token
-Chunk = NDArray[np.int64]
+# (source, row, position, slot) of each token of a chunk, as NativeLayers.tokens
+Table = NDArray[np.int64]
+Chunk = Table | list[tuple[int, int, int, int]]
 
 
 class NewToken(NamedTuple):
@@ -77,7 +78,7 @@ class Rows:
             self.position[row], self.last[row] = stop, int(ids[stop])
             self.upper_len[row] = stop if own_kv else 0
 
-    def _span(self, row: int, start: int, stop: int) -> Chunk:
+    def _span(self, row: int, start: int, stop: int) -> Table:
         """Positions [start, stop) of a row, sources among the exit states."""
         positions = np.arange(start, stop)
         chunk = np.empty((len(positions), 4), dtype=np.int64)
@@ -86,12 +87,12 @@ class Rows:
         chunk[:, 2] = chunk[:, 3] = positions
         return chunk
 
-    def owed(self, rows: Sequence[int], stops: Sequence[int]) -> Chunk:
+    def owed(self, rows: Sequence[int], stops: Sequence[int]) -> Table:
         """Exit states without upper K and V, of each row up to its position in `stops`."""
         spans = list(map(self._span, rows, [self.upper_len[row] for row in rows], stops))
         return spans[0] if len(spans) == 1 else np.concatenate(spans)
 
-    def run_lower(self, chunk: Chunk | list[tuple[int, int, int, int]]) -> None:
+    def run_lower(self, chunk: Chunk) -> None:
         """Run the lower block on at most max_chunk tokens; their sources are token ids."""
         self._put(chunk)
         num_layers, counts = len(self.weights.lower), self.counts
@@ -100,7 +101,7 @@ class Rows:
         counts.lower_passes += num_layers
         counts.kv_slots += num_layers * self._slots_read(chunk)
 
-    def run_upper(self, chunk: Chunk | list[tuple[int, int, int, int]]) -> None:
+    def run_upper(self, chunk: Chunk) -> None:
         """Run the upper block on at most max_chunk exit states."""
         self._put(chunk)
         num_layers, counts = len(self.weights.upper), self.counts
@@ -118,10 +119,10 @@ class Rows:
             self.counts.upper_kv_calls += len(part)
             self.counts.upper_kv_passes += 1
 
-    def _put(self, chunk: Chunk | list[tuple[int, int, int, int]]) -> None:
+    def _put(self, chunk: Chunk) -> None:
         self.layers.tokens[: len(chunk)] = chunk
 
-    def _slots_read(self, chunk: Chunk | list[tuple[int, int, int, int]]) -> int:
+    def _slots_read(self, chunk: Chunk) -> int:
         """Cache slots that the chunk's rows hold, each read once a layer."""
         if len(chunk) == 1:
             return int(chunk[0][3]) + 1
