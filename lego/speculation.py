@@ -64,7 +64,7 @@ class SpeculativeDecoder:
 
     def finish(self, rows: Sequence[int]) -> None:
         for row in rows:
-            del self._input[row]
+            self._input.pop(row, None)
 
     def _advance(self, row: int) -> list[GeneratedToken]:
         """Draft a chunk of one row, verify it, and go back to where the drafts were wrong."""

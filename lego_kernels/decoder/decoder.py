@@ -100,17 +100,21 @@ class Decoder(Rows):
     def run_deep(self, staying: dict[int, float]) -> list[NewToken]:
         """Run the upper block for the newest token of these rows, and settle what they owe."""
         rows = list(staying)
-        if self.weights.upper:
-            self._run_newest(rows)
+        filled = self._run_newest(rows) if self.weights.upper else []
         self._decide(self.weights.last_norm, rows)
+        for row, length in zip(rows, filled, strict=False):
+            self.upper_len[row] = length  # not before: a NaN leaves the row as it was
         tokens, num_layers = self.exits.token[: len(rows)].tolist(), self.weights.num_layers
         return [
             NewToken(row, token, num_layers, staying[row])
             for row, token in zip(rows, tokens, strict=True)
         ]
 
-    def _run_newest(self, rows: Sequence[int]) -> None:
-        """The final state of each row's newest token, to the first rows of the chunk."""
+    def _run_newest(self, rows: Sequence[int]) -> list[int]:
+        """The final state of each row's newest token, to the first rows of the chunk.
+
+        Returns the slots that are then filled in the upper caches.
+        """
         S, position, upper_len = self.num_slots, self.position, self.upper_len
         at = upper_len if self.policy == "hole" else position
         newest: Chunk = [(r * S + position[r], r, position[r], at[r]) for r in rows]
@@ -131,8 +135,7 @@ class Decoder(Rows):
             self.run_upper(np.concatenate((np.array(newest), older)))
         else:
             self.run_upper(newest)
-        for r in rows:
-            upper_len[r] = at[r] + 1
+        return [at[r] + 1 for r in rows]
 
     def _decide(self, norm: Tensor, rows: Sequence[int]) -> None:
         criterion = "max_prob" if self.criterion == "gate" else self.criterion

@@ -9,17 +9,20 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lego_kernels.decoder.sampling import Sampling, draw
 from lego_kernels.decoder.weights import DecoderWeights
 from lego_kernels.ops.exit_decision import ExitDecision, confidence_of, exit_decision_workspace
 from lego_kernels.ops.exit_gate import exit_gate  # noqa: F401  defines the op
+from lego_kernels.ops.linear_small import MAX_ROWS
+from lego_kernels.ops.rms_norm import rms_norm  # noqa: F401  defines the op
 
 # without their wrappers, whose checks cost as much as a small model's layer
 _exit_decision = torch.ops.lego_kernels.exit_decision.default
 _exit_gate = torch.ops.lego_kernels.exit_gate.default
+_linear_small = torch.ops.lego_kernels.linear_small.default
+_rms_norm = torch.ops.lego_kernels.rms_norm.default
 
 
 class Exits:
@@ -38,13 +41,15 @@ class Exits:
         )
         self._made: dict[int, ExitDecision] = {}
         self._threshold = torch.full((), math.inf)
-        self._temperature = torch.full((), sampling.temperature)
+        # as a float32; next to such noise no logit counts
+        self._temperature = torch.full((), min(sampling.temperature, 1e30))
         self._seed, self._offset = (torch.zeros(max_rows, dtype=torch.int64) for _ in range(2))
         self._seeds, self._offsets = self._seed.numpy(), self._offset.numpy()
 
     def set_threshold(self, threshold: float) -> None:
         """What `exits` compares confidences with from now on."""
-        self._threshold.fill_(threshold)
+        # confidences are in [0, 1], and float32 holds less than float
+        self._threshold.fill_(min(max(threshold, -1.0), 2.0))
 
     def gate(self, h_ND: Tensor) -> None:
         """Fill `confidence` and `exits` by the gate; no head is read."""
@@ -94,8 +99,13 @@ class Exits:
     ) -> None:
         """With the logits in memory, since top_k and top_p need them all."""
         w = self._weights
-        normed = F.rms_norm(h, norm.shape, norm, w.eps)
-        logits = F.linear(normed, w.head[: w.vocab_size]).float()
+        normed, logits = torch.empty_like(h), h.new_empty(len(h), w.vocab_size)
+        _rms_norm(h, norm, w.eps, None, normed)
+        # kernels under which a row's bits do not depend on the others, unlike those of F.linear
+        for start in range(0, len(h), MAX_ROWS):
+            rows = slice(start, start + MAX_ROWS)
+            _linear_small(normed[rows], w.head[: w.vocab_size], logits[rows])
+        logits = logits.float()
         out.lse.copy_(logits.logsumexp(dim=-1))
         out.confidence.copy_(confidence_of(logits, criterion))
         torch.ge(out.confidence, self._threshold, out=out.exit)

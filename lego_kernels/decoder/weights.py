@@ -74,9 +74,9 @@ class DecoderWeights:
     vocab_size: int
 
     def __post_init__(self) -> None:
-        _check(self)
         for part in (self, *self.lower, *self.upper, self.upper_kv, self.gate):
             _make_contiguous(part)
+        _check(self)
 
     @property
     def dim(self) -> int:
@@ -125,40 +125,59 @@ def _make_contiguous(part: object) -> None:
 def _check(weights: DecoderWeights) -> None:
     op, like = "DecoderWeights", weights.embedding
     check_dtype(op, "embedding", like)
-    if like.dim() != 2 or not 1 <= weights.vocab_size <= min(like.size(0), weights.head.size(0)):
+    if not weights.lower:
+        raise ValueError(f"{op}: lower must hold at least one layer, got none")
+    # those whose sizes the others must fit
+    leading = {"embedding": like, "head": weights.head, "cos": weights.cos}
+    leading["layer 0 down"] = weights.lower[0].down
+    for name, matrix in leading.items():
+        if matrix.dim() != 2:
+            raise ValueError(f"{op}: {name} must have 2 dimensions, got {tuple(matrix.shape)}")
+    if not 1 <= weights.vocab_size <= min(like.size(0), weights.head.size(0)):
         raise ValueError(
             f"{op}: vocab_size must be in [1, rows of embedding and head], "
             f"got {weights.vocab_size} for {tuple(like.shape)} and {tuple(weights.head.shape)}"
         )
-    if not weights.lower:
-        raise ValueError(f"{op}: lower must hold at least one layer, got none")
-    H, K, E, D = weights.num_heads, weights.num_kv_heads, weights.head_dim, like.size(1)
+    H, K = weights.num_heads, weights.num_kv_heads
     if not (H >= 1 and K >= 1 and H % K == 0):
         raise ValueError(f"{op}: num_heads must be a multiple of num_kv_heads, got {H} and {K}")
     if not weights.eps >= 0:
         raise ValueError(f"{op}: eps must be >= 0, got {weights.eps}")
-    num_upper = len(weights.upper)
-    if (num_upper == 0) != (weights.final_norm is None):
-        raise ValueError(f"{op}: final_norm must come with upper layers, got {num_upper} of them")
-    kv_width = 2 * K * E
-    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
-        "head": (weights.head, (weights.head.size(0), D)),
-        "exit_norm": (weights.exit_norm, (D,)),
-        "final_norm": (weights.final_norm, (D,)),
-    }
+    if (not weights.upper) != (weights.final_norm is None):
+        raise ValueError(
+            f"{op}: final_norm must come with upper layers, got {len(weights.upper)} of them"
+        )
+    for name, x, shape in (*_shared_shapes(weights), *_layer_shapes(weights)):
+        if x is not None:
+            check_tensor(op, name, x, shape, like=like)
+    for name, x in (("cos", weights.cos), ("sin", weights.sin)):
+        check_tensor(op, name, x, tuple(weights.cos.shape), like=like, dtype=torch.float32)
+
+
+_Shapes = Iterator[tuple[str, Tensor | None, tuple[int, ...]]]
+
+
+def _shared_shapes(weights: DecoderWeights) -> _Shapes:
+    """What is not of one layer: name, tensor and the shape that it must have."""
+    D, width = weights.dim, 2 * weights.num_kv_heads * weights.head_dim * len(weights.upper)
+    yield "head", weights.head, (weights.head.size(0), D)
+    yield "exit_norm", weights.exit_norm, (D,)
+    yield "final_norm", weights.final_norm, (D,)
     if weights.upper_kv is not None:
-        kv = weights.upper_kv
-        expected |= {
-            "upper_kv.norm": (kv.norm, (D,)),
-            "upper_kv.proj": (kv.proj, (num_upper * kv_width, D)),
-            "upper_kv.bias": (kv.bias, (num_upper * kv_width,)),
-        }
+        yield "upper_kv.norm", weights.upper_kv.norm, (D,)
+        yield "upper_kv.proj", weights.upper_kv.proj, (width, D)
+        yield "upper_kv.bias", weights.upper_kv.bias, (width,)
     if weights.gate is not None:
-        expected["gate.weight"] = (weights.gate.weight, (D,))
-        expected["gate.bias"] = (weights.gate.bias, (1,))
+        yield "gate.weight", weights.gate.weight, (D,)
+        yield "gate.bias", weights.gate.bias, (1,)
+
+
+def _layer_shapes(weights: DecoderWeights) -> _Shapes:
+    H, K, E = weights.num_heads, weights.num_kv_heads, weights.head_dim
+    D, F = weights.dim, weights.hidden_dim
     for index, layer in enumerate((*weights.lower, *weights.upper)):
         own_kv = index < len(weights.lower) or weights.upper_kv is None
-        width, F = H * E + kv_width * own_kv, weights.hidden_dim
+        width = (H + 2 * K * own_kv) * E
         shapes = {
             "attention_norm": (D,),
             "in_proj": (width, D),
@@ -171,9 +190,4 @@ def _check(weights: DecoderWeights) -> None:
             "down": (D, F),
         }
         for name, shape in shapes.items():
-            expected[f"layer {index} {name}"] = (getattr(layer, name), shape)
-    for name, (x, shape) in expected.items():
-        if x is not None:
-            check_tensor(op, name, x, shape, like=like)
-    for name, x in (("cos", weights.cos), ("sin", weights.sin)):
-        check_tensor(op, name, x, tuple(weights.cos.shape), like=like, dtype=torch.float32)
+            yield f"layer {index} {name}", getattr(layer, name), shape
