@@ -30,12 +30,9 @@ class ForcedExit:
     run: Run
 
     def shallow_ratio(self, num_layers: int) -> float:
-        return shallow_ratio(self.run, num_layers)
-
-
-def shallow_ratio(run: Run, num_layers: int) -> float:
-    """Of the tokens that are timed."""
-    return sum(depth < num_layers for depth in run.exit_layer[1:]) / len(run.exit_layer[1:])
+        """Of the tokens that are timed."""
+        timed = self.run.exit_layer[1:]
+        return sum(depth < num_layers for depth in timed) / len(timed)
 
 
 def force_exit(

@@ -24,8 +24,8 @@ namespace {
 
 using torch::stable::Tensor;
 
-// One row of the table of addresses; lego_kernels/decoder/weights.py fills it in this order. Null where
-// a layer has no such weight.
+// One row of the table of addresses, in the order of FIELDS in lego_kernels/decoder/decode_layers.py. Null
+// where a layer has no such weight.
 struct LayerWeights {
   const void *attention_norm, *in_proj, *in_bias, *q_norm, *k_norm, *o_proj, *mlp_norm, *gate_up, *down;
 };

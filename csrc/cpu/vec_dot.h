@@ -67,7 +67,7 @@ __attribute__((always_inline)) inline void dot_block(const T* x, int64_t x_strid
 }
 
 // dot_products for R rows of x and the first rows of w, in N parts of `part` rows, a multiple of kLanes.
-// The parts are read side by side: eight streams get up to 1.4 times the bandwidth of one. Sums of lanes
+// The parts are read side by side: several streams get up to 1.4 times the bandwidth of one. Sums of lanes
 // are made kLanes rows at a time, since for rows of 64 values they cost as much as the products.
 template <int R, int N, class T>
 inline void dot_parts(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t part, int64_t width,
@@ -135,6 +135,7 @@ inline void dot_products(const T* x, int64_t x_stride, int64_t num_x, const T* w
   // what fits in 32 registers, or 16 without AVX-512
   constexpr int N = kLanes == 16 ? 2 : 1;
   pass(kMostRows, dot_rows<kMostRows, N, T>);
+  pass(3, dot_rows<3, N, T>);
   pass(2, dot_rows<2, 2 * N, T>);
   pass(1, dot_rows<1, 4 * N, T>);
 }

@@ -22,7 +22,7 @@ namespace {
 using torch::stable::Tensor;
 
 void check(cudaError_t error, const char* call) {
-  STD_TORCH_CHECK(error == cudaSuccess, "begin_if: ", call, " must succeed, got ", cudaGetErrorString(error));
+  STD_TORCH_CHECK(error == cudaSuccess, call, " must succeed, got ", cudaGetErrorString(error));
 }
 
 // The stream that bodies at a depth of nesting are captured on. One of torch's pool might be the one

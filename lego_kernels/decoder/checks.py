@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from lego_kernels.decoder.weights import DecoderWeights
@@ -37,6 +38,8 @@ def check_prompts(
                 f"Decoder: prompt {row} must be [T] with T in [1, num_slots={num_slots}], "
                 f"got {tuple(ids.shape)}"
             )
+        if ids.dtype != torch.int64:
+            raise ValueError(f"Decoder: prompt {row} must be int64, got {ids.dtype}")
         low, high = (int(value) for value in ids.aminmax())
         if low < 0 or high >= vocab_size:
             raise ValueError(

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from time import perf_counter
-from typing import Any
 
-from lego_kernels.decoder.checks import check_room
+from torch import Tensor
+
+from lego_kernels.decoder.checks import Criterion, KVPolicy, check_room
 from lego_kernels.decoder.decoder import Decoder
 from lego_kernels.decoder.rows import NewToken
+from lego_kernels.decoder.sampling import Sampling
+from lego_kernels.decoder.weights import DecoderWeights
 
 
 class PassTime:
@@ -43,7 +46,7 @@ class PassTime:
 
 
 class DeferringDecoder(Decoder):
-    """A Decoder for many rows. A step is one pass: of the lower block, or of the upper.
+    """An early-exit Decoder for many rows. A step is one pass: of the lower block, or of the upper.
 
     A step yields the tokens that its pass completes, so none at times. The upper block runs when no
     row can go on without it, or when another pass of the lower block would add fewer tokens per
@@ -51,12 +54,35 @@ class DeferringDecoder(Decoder):
     marginal value theorem). The seconds are those measured so far.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(
+        self,
+        weights: DecoderWeights,
+        num_rows: int,
+        num_slots: int,
+        *,
+        threshold: float,
+        criterion: Criterion = "max_prob",
+        kv_policy: KVPolicy | None = None,
+        sampling: Sampling | None = None,
+    ) -> None:
+        super().__init__(
+            weights,
+            num_rows,
+            num_slots,
+            threshold=threshold,
+            criterion=criterion,
+            kv_policy=kv_policy,
+            sampling=sampling,
+        )
         self.waiting: dict[int, float] = {}  # rows that stay, and their confidence
         self._lower_time, self._upper_time = PassTime(), PassTime()
         self._share_staying = 0.5  # of rows in a lower pass, smoothed
         self._cycle_tokens, self._cycle_seconds = 0, 0.0
+
+    def prefill(self, prompts: Sequence[Tensor]) -> None:
+        """As Decoder.prefill; no row waits afterwards."""
+        super().prefill(prompts)
+        self.waiting, self._cycle_tokens, self._cycle_seconds = {}, 0, 0.0
 
     def finish(self, rows: Sequence[int]) -> None:
         super().finish(rows)

@@ -47,9 +47,10 @@ class DeviceDecoder:
     Early exit takes models whose upper K and V come from the exit state (ValueError for others,
     which Decoder serves). step() is launch(), which waits for nothing but in the modes that say so,
     and collect(). One more launch() before the first step() keeps the device a step ahead of the
-    host; a row that is finished meanwhile yields nothing more. `counts` counts the tokens that a
-    call was for, when they are collected: rows that ran along for nothing are left out, and
-    upper_kv_passes differ from Decoder's, since exit states wait here for max_pending at most.
+    host, and a last collect() alone fetches what that left; a row that is finished meanwhile yields
+    nothing more. `counts` counts the tokens that a call was for, when they are collected: rows that
+    ran along for nothing are left out, and upper_kv_passes differ from Decoder's, since exit states
+    wait here for max_pending at most.
     mode: of graph_step.Mode, or `auto` for the best that works; why_mode says why.
     """
 
@@ -138,12 +139,15 @@ class DeviceDecoder:
     def prefill(self, prompts: Sequence[Tensor]) -> None:
         """Take a prompt for each row, int64 [T] with T >= 1, and run all but its last token.
 
-        The upper K and V of what it runs are made too. Steps in flight are forgotten.
+        The upper K and V of what it runs are made too. Rows start anew, finished ones too; steps in
+        flight are forgotten.
         Raises: ValueError, before anything runs, if a prompt is empty, does not fit num_slots or
             holds an id out of [0, vocab_size).
         """
         check_prompts(prompts, len(self.position), self.num_slots, self.weights.vocab_size)
         self._in_flight.clear()
+        self.live = list(range(len(prompts)))
+        self._live.fill_(True)
         w, stops = self.weights, [len(prompt) - 1 for prompt in prompts]
         for row, (prompt, stop) in enumerate(zip(prompts, stops, strict=True)):
             ids = prompt.to(w.embedding.device)

@@ -21,6 +21,7 @@ from lego_kernels.ops.exit_decision import (
 )
 from lego_kernels.ops.exit_gate import exit_gate
 from lego_kernels.ops.rms_norm import rms_norm
+from lego_kernels.validation import check_threshold
 
 
 class StepRecord:
@@ -63,10 +64,9 @@ class DeviceExits:
         # what is not kept, or only for rows that stay
         self._decided = ExitDecision.empty(num_rows, like.device)
         self.exits = self._decided.exit
-        numbers = (math.inf if threshold is None else threshold, sampling.temperature)
-        self._threshold, self._temperature = torch.tensor(
-            numbers, dtype=torch.float32, device=like.device
-        )
+        never = math.inf if threshold is None else threshold
+        self._threshold = check_threshold("DeviceDecoder", never, num_rows, like=like)
+        self._temperature = torch.full((), sampling.noise_scale, device=like.device)
         seeds = [sampling.row_seed(row) for row in range(num_rows)]
         self._seed = torch.tensor(seeds, device=like.device)
         # by the gate the head is read once, for what both norms gave

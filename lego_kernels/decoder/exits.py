@@ -17,6 +17,7 @@ from lego_kernels.ops.exit_decision import ExitDecision, confidence_of, exit_dec
 from lego_kernels.ops.exit_gate import exit_gate  # noqa: F401  defines the op
 from lego_kernels.ops.linear_small import MAX_ROWS
 from lego_kernels.ops.rms_norm import rms_norm  # noqa: F401  defines the op
+from lego_kernels.validation import check_threshold
 
 # without their wrappers, whose checks cost as much as a small model's layer
 _exit_decision = torch.ops.lego_kernels.exit_decision.default
@@ -41,15 +42,13 @@ class Exits:
         )
         self._made: dict[int, ExitDecision] = {}
         self._threshold = torch.full((), math.inf)
-        # as a float32; next to such noise no logit counts
-        self._temperature = torch.full((), min(sampling.temperature, 1e30))
+        self._temperature = torch.full((), sampling.noise_scale)
         self._seed, self._offset = (torch.zeros(max_rows, dtype=torch.int64) for _ in range(2))
         self._seeds, self._offsets = self._seed.numpy(), self._offset.numpy()
 
     def set_threshold(self, threshold: float) -> None:
         """What `exits` compares confidences with from now on."""
-        # confidences are in [0, 1], and float32 holds less than float
-        self._threshold.fill_(min(max(threshold, -1.0), 2.0))
+        self._threshold.copy_(check_threshold("Decoder", threshold, 1, like=self._threshold))
 
     def gate(self, h_ND: Tensor) -> None:
         """Fill `confidence` and `exits` by the gate; no head is read."""

@@ -92,6 +92,8 @@ def conditional_problem(device: torch.device) -> str:
     try:
         with torch.cuda.device(device):
             return _problem_of_if_nodes(device)
+    except torch.cuda.OutOfMemoryError:
+        raise  # says nothing about IF nodes
     except RuntimeError as error:
         return str(error).partition("\n")[0]
 

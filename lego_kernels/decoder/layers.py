@@ -5,13 +5,13 @@ Shape letters: L layers, B rows, S slots, D width, K key/value heads, E head wid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from lego_kernels.decoder.decode_layers import FIELDS, decode_layers
-from lego_kernels.decoder.weights import DecoderWeights, LayerWeights
+from lego_kernels.decoder.weights import DecoderWeights
 
 
 class NativeLayers:
@@ -36,15 +36,12 @@ class NativeLayers:
         shape = (num_rows, num_slots, weights.num_kv_heads, weights.head_dim)
         self._lower_caches = [like.new_zeros(len(weights.lower), *shape) for _ in "kv"]
         self._upper_caches = [like.new_zeros(len(weights.upper), *shape) for _ in "kv"]
-        self._lower_table = _table(weights.lower)
-        self._upper_table = _table(weights.upper)
+        self._lower_table = _table(map(vars, weights.lower))
+        self._upper_table = _table(map(vars, weights.upper))
         # views of tensors that the weights hold
-        self._upper_kv_table = torch.tensor(
-            [
-                [_address(x) for x in (norm, rows, bias, None, k_norm, None, None, None, None)]
-                for norm, rows, bias, k_norm in weights.upper_kv_layers()
-            ],
-            dtype=torch.int64,
+        self._upper_kv_table = _table(
+            {"attention_norm": norm, "in_proj": rows, "in_bias": bias, "k_norm": k_norm}
+            for norm, rows, bias, k_norm in weights.upper_kv_layers()
         )
         self._workspace = like.new_empty(max_tokens * _workspace_width(weights))
         self._shared = (weights.cos, weights.sin)
@@ -102,8 +99,9 @@ class NativeLayers:
         )
 
 
-def _table(layers: Sequence[LayerWeights]) -> Tensor:
-    rows = [[_address(getattr(layer, name)) for name in FIELDS] for layer in layers]
+def _table(layers: Iterable[Mapping[str, Tensor | None]]) -> Tensor:
+    """Addresses, int64 [L, number of FIELDS]."""
+    rows = [[_address(layer.get(name)) for name in FIELDS] for layer in layers]
     return torch.tensor(rows, dtype=torch.int64)
 
 

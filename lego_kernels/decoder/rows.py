@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lego_kernels.decoder.checks import check_prompts, check_sizes
 from lego_kernels.decoder.counts import Counts
+from lego_kernels.decoder.decode_layers import POSITION, ROW, SLOT, SOURCE
 from lego_kernels.decoder.exits import Exits
 from lego_kernels.decoder.layers import NativeLayers
 from lego_kernels.decoder.sampling import Sampling
@@ -59,21 +60,23 @@ class Rows:
     def prefill(self, prompts: Sequence[Tensor]) -> None:
         """Take a prompt for each row, int64 [T] with T >= 1, and run all but its last token.
 
-        Where upper layers make their own K and V, the prompt runs them too.
+        Where upper layers make their own K and V, the prompt runs them too. Rows start anew,
+        finished ones too.
         Raises: ValueError, before anything runs, if a prompt is empty, does not fit num_slots or
             holds an id out of [0, vocab_size).
         """
         check_prompts(prompts, len(self.position), self.num_slots, self.weights.vocab_size)
+        self.live = list(range(len(prompts)))
         own_kv = bool(self.weights.upper) and self.weights.upper_kv is None
         for row, prompt in enumerate(prompts):
-            ids, stop = prompt.numpy(), len(prompt) - 1
+            ids, stop = prompt.cpu().numpy(), len(prompt) - 1
             for start in range(0, stop, self.max_chunk):
                 chunk = self._span(row, start, min(start + self.max_chunk, stop))
-                states = chunk[:, 0].copy()
-                chunk[:, 0] = ids[start : start + len(chunk)]
+                states = chunk[:, SOURCE].copy()
+                chunk[:, SOURCE] = ids[start : start + len(chunk)]
                 self.run_lower(chunk)
                 if own_kv:
-                    chunk[:, 0] = states
+                    chunk[:, SOURCE] = states
                     self.run_upper(chunk)
             self.position[row], self.last[row] = stop, int(ids[stop])
             self.upper_len[row] = stop if own_kv else 0
@@ -82,9 +85,9 @@ class Rows:
         """Positions [start, stop) of a row, sources among the exit states."""
         positions = np.arange(start, stop)
         chunk = np.empty((len(positions), 4), dtype=np.int64)
-        chunk[:, 0] = positions + row * self.num_slots
-        chunk[:, 1] = row
-        chunk[:, 2] = chunk[:, 3] = positions
+        chunk[:, SOURCE] = positions + row * self.num_slots
+        chunk[:, ROW] = row
+        chunk[:, POSITION] = chunk[:, SLOT] = positions
         return chunk
 
     def owed(self, rows: Sequence[int], stops: Sequence[int]) -> Table:
@@ -125,11 +128,11 @@ class Rows:
     def _slots_read(self, chunk: Chunk) -> int:
         """Cache slots that the chunk's rows hold, each read once a layer."""
         if len(chunk) == 1:
-            return int(chunk[0][3]) + 1
-        filled: dict[int, int] = {}
-        for _, row, _, slot in chunk:
-            filled[row] = max(filled.get(row, 0), int(slot) + 1)
-        return sum(filled.values())
+            return int(chunk[0][SLOT]) + 1
+        tokens = self.layers.tokens[: len(chunk)]
+        filled = np.zeros(len(self.position), dtype=np.int64)
+        np.maximum.at(filled, tokens[:, ROW], tokens[:, SLOT] + 1)
+        return int(filled.sum())
 
     def gate(self, num_states: int) -> None:
         """Exits.gate on the first states of the chunk."""

@@ -40,6 +40,11 @@ class Sampling:
         return self.temperature > 0
 
     @property
+    def noise_scale(self) -> float:
+        """The temperature as a float32: next to such noise no logit counts."""
+        return min(self.temperature, 1e30)
+
+    @property
     def filters(self) -> bool:
         """Whether tokens are left out of a draw, which takes all logits at once."""
         return self.draws and (self.top_k > 0 or self.top_p < 1)

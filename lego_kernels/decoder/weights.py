@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ class LayerWeights:
     gate_up: Tensor  # [2 F, D], gate first
     down: Tensor  # [D, F]
 
+    def __post_init__(self) -> None:
+        _make_contiguous(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class UpperKV:
@@ -38,6 +42,9 @@ class UpperKV:
     proj: Tensor  # [U * 2 * K * E, D]
     bias: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        _make_contiguous(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
@@ -45,6 +52,9 @@ class Gate:
 
     weight: Tensor  # [D]
     bias: Tensor  # one value
+
+    def __post_init__(self) -> None:
+        _make_contiguous(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +84,7 @@ class DecoderWeights:
     vocab_size: int
 
     def __post_init__(self) -> None:
-        for part in (self, *self.lower, *self.upper, self.upper_kv, self.gate):
-            _make_contiguous(part)
+        _make_contiguous(self)
         _check(self)
 
     @property
@@ -115,8 +124,9 @@ class DecoderWeights:
             yield norm, proj[rows], None if bias is None else bias[rows], layer.k_norm
 
 
-def _make_contiguous(part: object) -> None:
-    for field in fields(part) if part is not None else ():  # type: ignore[arg-type]
+def _make_contiguous(part: Any) -> None:
+    """Of a dataclass that is being made."""
+    for field in fields(part):
         value = getattr(part, field.name)
         if isinstance(value, Tensor):
             object.__setattr__(part, field.name, value.detach().contiguous())
@@ -138,6 +148,9 @@ def _check(weights: DecoderWeights) -> None:
             f"{op}: vocab_size must be in [1, rows of embedding and head], "
             f"got {weights.vocab_size} for {tuple(like.shape)} and {tuple(weights.head.shape)}"
         )
+    for name in ("dim", "hidden_dim", "head_dim"):
+        if getattr(weights, name) < 1:
+            raise ValueError(f"{op}: {name} must be >= 1, got {getattr(weights, name)}")
     H, K = weights.num_heads, weights.num_kv_heads
     if not (H >= 1 and K >= 1 and H % K == 0):
         raise ValueError(f"{op}: num_heads must be a multiple of num_kv_heads, got {H} and {K}")

@@ -141,6 +141,18 @@ def test_values_that_do_not_go_together(sentence):
         replace(weights(), **SENTENCES[sentence])
 
 
+def test_sizes_are_positive():
+    given = weights()
+    layers = tuple(
+        replace(layer, gate_up=layer.gate_up[:0], down=layer.down[:, :0]) for layer in given.lower
+    )
+    with pytest.raises(ValueError, match="^DecoderWeights: hidden_dim must be >= 1, got 0$"):
+        replace(given, lower=layers)
+    empty = given.cos[:, :0]
+    with pytest.raises(ValueError, match="^DecoderWeights: head_dim must be >= 1, got 0$"):
+        replace(given, cos=empty, sin=empty)
+
+
 def test_upper_layers_must_make_what_upper_kv_does_not():
     """Projections without K and V need upper_kv, and the others refuse it."""
     with pytest.raises(ValueError, match="^DecoderWeights: layer 2 in_proj must be"):

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from lego.engine import decoder_weights
+from lego.engine import NativeEngine, decoder_weights
+from lego.generation import generate
+from lego.strategies import FullDepth
 from lego_kernels.decoder.decoder import Decoder
 from lego_kernels.decoder.deferral import DeferringDecoder, PassTime
 from tests.models import POLICIES, early_exit, model_for, tiny_model, token_ids
@@ -70,14 +72,35 @@ def test_a_row_that_leaves_waits_no_more():
         assert all(new.row != gone for new in decoder.step())
 
 
-def test_full_depth_defers_nothing():
-    weights = decoder_weights(tiny_model(dtype=torch.float32))
-    prompts = [token_ids(3, seed=row) for row in range(3)]
-    deferred, at_once = (
-        [[token for token, _, _ in row] for row in drain(decoder(weights, 3, 30), prompts)]
-        for decoder in (DeferringDecoder, Decoder)
-    )
-    assert deferred == at_once
+def test_a_new_prompt_starts_anew():
+    """Rows that waited, and rows that had finished."""
+    prompts = [[token_ids(3, seed=row + shift) for row in range(8)] for shift in (0, 50)]
+    decoder = waiting_decoder(lambda rows: 1e-9, lambda rows: 1.0)
+    decoder.prefill(prompts[0])
+    while not decoder.waiting:
+        decoder.step()
+    decoder.finish([1, 2])
+    fresh = waiting_decoder(lambda rows: 1e-9, lambda rows: 1.0)
+    assert drain(decoder, prompts[1]) == drain(fresh, prompts[1])
+
+
+def test_full_depth_has_nothing_to_defer():
+    model = tiny_model(dtype=torch.float32)
+    engine = NativeEngine(model, deferral=True)
+    with pytest.raises(ValueError, match="^NativeEngine: deferral must come with EarlyExit"):
+        generate(model, [[1, 2]], 3, FullDepth(), engine=engine)
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_through_the_engine(rows):
+    model, prompts = tiny_model(dtype=torch.float32), [[row + 1, 2] for row in range(rows)]
+    strategy = early_exit(tiny_model(), "exact", "gate")
+    outputs = [
+        generate(model, prompts, 9, strategy, engine=NativeEngine(model, deferral=deferral))
+        for deferral in (True, False)
+    ]
+    assert outputs[0].tokens == outputs[1].tokens
+    assert outputs[0].exit_layer == outputs[1].exit_layer
 
 
 def test_pass_time_is_a_line():

@@ -289,6 +289,7 @@ def test_model_that_only_decoder_serves():
         ([token_ids(3), token_ids(9)], r"prompt 1 must be \[T\] with T in .*=8\], got \(9,\)"),
         ([token_ids(3), token_ids(0)], r"prompt 1 must be \[T\]"),
         ([torch.tensor([50]), token_ids(1)], r"prompt 0 must hold ids in \[0, 50\), got 50"),
+        ([torch.tensor([1.5]), token_ids(1)], r"prompt 0 must be int64, got torch.float32"),
         ([torch.tensor([-1]), token_ids(1)], r"prompt 0 must hold ids in \[0, 50\), got -1"),
     ],
     ids=str,
