@@ -18,7 +18,7 @@ from lego_kernels.decoder.sampling import Sampling
 from lego_kernels.decoder.weights import DecoderWeights
 
 
-class PassTime:
+class PassSeconds:
     """Seconds of a pass as fixed + per_row * rows: least squares over the passes so far.
 
     Old passes fade, a twentieth each, so that a machine that slows down is followed.
@@ -75,7 +75,7 @@ class DeferringDecoder(Decoder):
             sampling=sampling,
         )
         self.waiting: dict[int, float] = {}  # rows that stay, and their confidence
-        self._lower_time, self._upper_time = PassTime(), PassTime()
+        self._lower_time, self._upper_time = PassSeconds(), PassSeconds()
         self._share_staying = 0.5  # of rows in a lower pass, smoothed
         self._cycle_tokens, self._cycle_seconds = 0, 0.0
 

@@ -7,7 +7,7 @@ from lego.engine import NativeEngine, decoder_weights
 from lego.generation import generate
 from lego.strategies import FullDepth
 from lego_kernels.decoder.decoder import Decoder
-from lego_kernels.decoder.deferral import DeferringDecoder, PassTime
+from lego_kernels.decoder.deferral import DeferringDecoder, PassSeconds
 from tests.models import POLICIES, early_exit, model_for, tiny_model, token_ids
 
 NUM_NEW = 12
@@ -104,7 +104,7 @@ def test_through_the_engine(rows):
 
 
 def test_pass_time_is_a_line():
-    timed = PassTime()
+    timed = PassSeconds()
     assert timed.of(5) == 0
     timed.add(4, 3.0)
     assert timed.of(4) == timed.of(40) == 3.0
@@ -115,7 +115,7 @@ def test_pass_time_is_a_line():
     for rows in (1, 2, 8, 16) * 60:
         timed.add(rows, 2.0 + 0.25 * rows)
     assert timed.of(10) == pytest.approx(4.5, rel=1e-3)  # the old line has faded
-    shrinking = PassTime()
+    shrinking = PassSeconds()
     shrinking.add(1, 2.0)
     shrinking.add(3, 1.0)
     assert shrinking.of(100) == pytest.approx(1.5, rel=0.05)  # more rows never cost less
