@@ -20,7 +20,7 @@ _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 
 def main() -> None:
     results = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["benchmarks"]
-    folder = Path(sys.argv[2] if len(sys.argv) > 2 else "docs/images")
+    folder = Path(sys.argv[2] if len(sys.argv) > 2 else "docs")
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in plots(results).items():
         # text stays text, as in the plots of a run
