@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from benchmarks.decode_cases import random_model
 from benchmarks.tables import Measure, measured, milliseconds, one_thread
@@ -52,35 +54,35 @@ class RunWhenAny(Decoder):
     def prefill(self, prompts: Sequence[torch.Tensor]) -> None:
         super().prefill(prompts)
         shape, generator = (len(prompts), self.num_slots), torch.Generator().manual_seed(0)
-        self.drawn = (torch.rand(shape, generator=generator) < self.exit_rate).tolist()
+        self.drawn = (torch.rand(shape, generator=generator) < self.exit_rate).numpy()
 
-    def run_to_exit(self, rows: Sequence[int]) -> tuple[list[NewToken], dict[int, float]]:
-        self.deciding = list(rows)
-        return super().run_to_exit(rows)
+    def step(self) -> list[NewToken]:
+        exits = np.zeros(len(self.drawn), dtype=bool)
+        exits[self.live] = self.drawn[self.live, self.state.position[self.live]]
+        # no confidence is as low as that, none as high
+        self.state.threshold[:] = np.where(self.decided(exits), -np.inf, np.inf)
+        return super().step()
 
-    def gate(self, num_states: int) -> None:
-        super().gate(num_states)
-        drawn = [self.drawn[row][self.position[row]] for row in self.deciding]
-        self.exits.exits[:num_states] = drawn
+    def decided(self, drawn: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """The rows that exit, of those for which that was drawn."""
+        return drawn
 
 
 class RunAll(RunWhenAny):
     """The upper block runs for every row, in every step, and the head once."""
 
-    def gate(self, num_states: int) -> None:
-        super().gate(num_states)
-        self.exits.exits[:num_states] = False
+    def decided(self, drawn: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        return np.zeros_like(drawn)
 
 
 class AllMustAgree(RunWhenAny):
     """No row exits unless all do, as where one decision serves a whole batch."""
 
-    def gate(self, num_states: int) -> None:
-        super().gate(num_states)
-        self.exits.exits[:num_states] = self.exits.exits[:num_states].all()
+    def decided(self, drawn: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        return np.full_like(drawn, drawn[self.live].all())
 
 
-class Deferral(DeferringDecoder, RunWhenAny):
+class Deferral(RunWhenAny, DeferringDecoder):
     """Rows that stay wait until it pays to run the upper block for them together."""
 
 
@@ -128,7 +130,7 @@ def test_batch(case: Case, measured: Measure) -> None:
 
 def generate(decoder: Decoder, num_new: int) -> tuple[list[list[int]], float]:
     """num_new tokens of each row, rows leaving as they are done, and the seconds it took."""
-    rows: list[list[int]] = [[] for _ in decoder.position]
+    rows: list[list[int]] = [[] for _ in decoder.live]
     start = perf_counter()
     while decoder.live:
         done = []

@@ -99,17 +99,19 @@ class Engine:
     def __init__(self, model: LegoModel, num_slots: int, **options: Any) -> None:
         self.decoder = Decoder(decoder_weights(model), 1, num_slots, **options)
         self.confidence: list[float] = []
+        self._before = self.decoder.counts
 
     @property
     def counts(self) -> Counts:
         """Calls of the timed tokens of the last run."""
-        return self.decoder.counts
+        after, before = vars(self.decoder.counts), vars(self._before)
+        return Counts(**{name: after[name] - before[name] for name in after})
 
     def __call__(self, prompt: Tensor, num_tokens: int) -> Run:
         decoder = self.decoder
         decoder.prefill([prompt])
         first = decoder.step()
-        decoder.counts = Counts()
+        self._before = decoder.counts
         start = perf_counter()
         rest = [decoder.step()[0] for _ in range(num_tokens - 1)]
         seconds = perf_counter() - start
@@ -130,8 +132,8 @@ class EngineAt:
     def __call__(self) -> float:
         """Seconds a token."""
         decoder, (position, token) = self._engine.decoder, self._after
-        decoder.position[0], decoder.last[0] = position, token
-        decoder.upper_len[0] = position
+        state = decoder.state
+        state.position[0], state.last[0], state.upper_len[0] = position, token, position
         start = perf_counter()
         tokens = [decoder.step()[0].token for _ in self.run.tokens[1:]]
         seconds = perf_counter() - start

@@ -57,7 +57,7 @@ def force_exit(
     )
 
     def attempt(threshold: float) -> ForcedExit:
-        engine.decoder.exits.set_threshold(threshold)
+        engine.decoder.set_threshold(threshold)
         run = engine(prompt, num_tokens)
         threshold = between(engine.confidence, threshold)
         return ForcedExit(engine=engine, criterion=criterion, threshold=threshold, run=run)
@@ -75,7 +75,7 @@ def force_exit(
             break
         low, high = (threshold, high) if reached > ratio else (low, threshold)
         threshold = (low + high) / 2
-    engine.decoder.exits.set_threshold(best.threshold)
+    engine.decoder.set_threshold(best.threshold)
     return best
 
 

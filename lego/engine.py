@@ -128,7 +128,7 @@ def native_mode(device: str) -> tuple[str, str]:
     """How the native engine steps on a device, "" if not at all, and why not better."""
     if device == "cpu":
         missing = library.NOT_LOADED["CPU"]
-        return ("", missing) if missing else ("decode_layers", "the CPU kernels are loaded")
+        return ("", missing) if missing else ("decode_step", "the CPU kernels are loaded")
     return choose_mode("auto", torch.device(device))
 
 

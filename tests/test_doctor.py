@@ -60,7 +60,7 @@ def test_unusable_backend_is_reported():
 
 def test_native_engine_is_tried(monkeypatch, capsys):
     (report,) = [r for r in doctor.diagnose().engines if r.device == "cpu"]
-    assert (report.mode, report.error) == ("decode_layers", "")
+    assert (report.mode, report.error) == ("decode_step", "")
     monkeypatch.setattr(engine, "agrees_with_reference", lambda device: False)
     diagnosis = doctor.diagnose()
     assert diagnosis.problems[0].what == "the native engine on cpu: differs from its reference"

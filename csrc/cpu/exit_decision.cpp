@@ -1,10 +1,6 @@
 #ifdef LEGO_ISA_PASS
 
-inline IntVec lane_numbers() {
-  IntVec number = {};
-  for (int i = 0; i < kLanes; ++i) number[i] = i;
-  return number;
-}
+#include "row_gumbel.h"
 
 // the first `count` values, -inf in the other lanes
 inline Vec load_logits(const float* from, int64_t count) {
@@ -77,68 +73,20 @@ struct Sums {
 
 inline float base_of(float most) { return most == -__builtin_inff() ? 0 : most; }
 
-// the even lanes of a times b, 64 bits each
-typedef uint64_t WideVec __attribute__((vector_size(4 * LEGO_LANES)));
-inline WideVec multiply_even(WideVec a, uint32_t b) {
-#if LEGO_LANES == 16
-  return (WideVec)_mm512_maskz_mul_epu32(0xff, (__m512i)a, _mm512_set1_epi64(b));
-#elif LEGO_LANES == 8
-  return (WideVec)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
-#else
-  return (a & 0xffffffff) * b;
-#endif
+// The top of the logits of a tile with noise.
+inline Top draw_tile(const lego::ExitInputs& in, int64_t row, int64_t tile, const float* logits) {
+  float score[lego::kTile];
+  perturb(logits, in.temperature[row], static_cast<uint64_t>(in.seed[row]),
+          static_cast<uint64_t>(in.offset[row]), tile * lego::kTile, score);
+  return top_of(score, lego::kTile);
 }
 
-// Philox4x32-10, one counter in each lane. Source: Salmon et al. 2011, "Parallel random numbers: as
-// easy as 1, 2, 3".
-inline void philox(UintVec counter[4], uint64_t key) {
-  const uint32_t multiplier[] = {0xD2511F53, 0xCD9E8D57};
-  uint32_t key_low = static_cast<uint32_t>(key), key_high = static_cast<uint32_t>(key >> 32);
-  for (int round = 0; round < 10; ++round) {
-    UintVec low[2], high[2];
-    for (int i = 0; i < 2; ++i) {
-      const WideVec pairs = (WideVec)counter[2 * i];
-      const WideVec even = multiply_even(pairs, multiplier[i]),
-                    odd = multiply_even(pairs >> 32, multiplier[i]);
-      low[i] = (UintVec)((even & 0xffffffff) | odd << 32);
-      high[i] = (UintVec)(even >> 32 | (odd & 0xffffffff00000000));
-    }
-    counter[0] = high[1] ^ counter[1] ^ key_low;
-    counter[1] = low[1];
-    counter[2] = high[0] ^ counter[3] ^ key_high;
-    counter[3] = low[0];
-    key_low += 0x9E3779B9;
-    key_high += 0xBB67AE85;
-  }
-}
-
-// -log(-log(1 - u)) with u = (x + 1/2) / 2^32. Of u and 1 - u the one below 1/2 is exact to a
-// rounding; log(1 - u) from a rounded 1 - u lacks the rounding, which near 0 is its derivative too.
-inline Vec gumbel(UintVec x) {
-  const IntVec is_low = (IntVec)x >= 0;
-  const IntVec nearer = is_low ? (IntVec)x : ~(IntVec)x;
-  const Vec part = (__builtin_convertvector(nearer, Vec) + 0.5f) * 0x1p-32f;
-  const Vec rounded = where(is_low, 1.0f - part, part);
-  const Vec lack = where(is_low, part - (1.0f - rounded), Vec{});
-  return -log(lack - log(rounded));
-}
-
-// out[i] = x[i] + temperature * noise of token `first` + i, for a tile; first is a multiple of 4
-inline void perturb(const float* x, float temperature, uint64_t seed, uint64_t offset, int64_t first,
-                    float* out) {
-  for (int64_t i = 0; i < lego::kTile; i += 4 * kLanes) {
-    const UintVec quad = (UintVec)lane_numbers() + static_cast<uint32_t>((first + i) / 4);
-    UintVec words[4] = {quad, UintVec{} + static_cast<uint32_t>(offset),
-                        UintVec{} + static_cast<uint32_t>(offset >> 32), UintVec{}};
-    philox(words, seed);
-    float noise[4][kLanes];
-    for (int word = 0; word < 4; ++word) store(noise[word], gumbel(words[word]));
-    for (int lane = 0; lane < kLanes; ++lane) {
-      for (int word = 0; word < 4; ++word) {
-        const int64_t token = i + 4 * lane + word;
-        out[token] = x[token] + temperature * noise[word][lane];
-      }
-    }
+// Draws from the logits of a row that were kept, without a NaN among them, instead of from all.
+inline void draw_kept(const lego::ExitInputs& in, const lego::ExitPartials& to, int64_t row) {
+  for (int64_t i = row * in.num_tiles; i < (row + 1) * in.num_tiles; ++i) {
+    const Top drawn = draw_tile(in, row, i - row * in.num_tiles, in.logits + i * lego::kTile);
+    to.score[i] = drawn.value;
+    to.index[i] = drawn.index;
   }
 }
 
@@ -151,17 +99,13 @@ inline void reduce_tile(const lego::ExitInputs& in, const lego::ExitPartials& to
     sums.add(load(logits + i), splat(1), Vec{}, base_of(top.value));
   }
   const float plain = sum(sums.plain);
-  Top drawn = top;
   // at temperature 0 the noise has no weight
-  if (in.temperature.data != nullptr && in.temperature[row] > 0) {
-    float score[lego::kTile];
-    perturb(logits, in.temperature[row], static_cast<uint64_t>(in.seed[row]),
-            static_cast<uint64_t>(in.offset[row]), tile * lego::kTile, score);
-    drawn = top_of(score, lego::kTile);
-  }
+  const bool noisy = in.temperature.data != nullptr && in.temperature[row] > 0;
+  Top drawn = noisy ? draw_tile(in, row, tile, logits) : top;
   const int32_t nan = plain != plain ? first_nan(logits, lego::kTile) : -1;
   if (nan >= 0) top.value = top.second = drawn.value = plain, drawn.index = nan;
   const int64_t i = row * in.num_tiles + tile;
+  if (in.logits != nullptr) std::memcpy(in.logits + i * lego::kTile, logits, lego::kTile * sizeof(float));
   to.most[i] = top.value;
   to.second[i] = top.second;
   to.sum[i] = plain;
@@ -231,15 +175,14 @@ inline lego::ExitSummary merge_tiles(const lego::ExitPartials& of, int64_t row, 
 #include <limits>
 #include <optional>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "dtype.h"
-#include "rows.h"
+#include "exits.h"
+#include "filter_logits.h"
 
 namespace lego {
-
-// Rows of the head whose logits are reduced at once. Whatever B is and however many threads there
-// are, the tiles are the same, and so are the bits of a row.
-constexpr int64_t kTile = 128;
 
 struct ExitInputs {
   const void *h, *head;  // [B, D], [V, D]
@@ -247,6 +190,7 @@ struct ExitInputs {
   int64_t B, D, V, num_tiles;
   PerRow<float> temperature;  // without data: nothing is drawn
   PerRow<int64_t> seed, offset;
+  float* logits;  // [B, num_tiles * kTile], or null
 };
 
 // What the workspace keeps of the logits of each row and tile: arrays [B, num_tiles].
@@ -276,7 +220,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-enum class Criterion { max_prob, margin, entropy };
+using lego::Criterion;
 
 Criterion criterion_of(const std::string& name) {
   if (name == "max_prob") return Criterion::max_prob;
@@ -310,12 +254,11 @@ void check_rows(const lego::PerRow<float>& threshold, const lego::PerRow<float>&
 
 // The normed rows go to `normed`.
 template <class T>
-void fill_partials(lego::ExitInputs in, const std::optional<Tensor>& norm_weight, float eps,
+void fill_partials(lego::ExitInputs in, const void* norm_weight, float eps,
                    const lego::ExitPartials& partials, T* normed) {
-  if (norm_weight) {
+  if (norm_weight != nullptr) {
     const auto norm = LEGO_KERNEL(norm_row<T>);
-    const auto* h = static_cast<const T*>(in.h);
-    const auto* weight = static_cast<const T*>(norm_weight->data_ptr());
+    const auto *h = static_cast<const T*>(in.h), *weight = static_cast<const T*>(norm_weight);
     for (int64_t b = 0; b < in.B; ++b) norm(h + b * in.h_stride, weight, eps, in.D, normed + b * in.D);
     in.h = normed;
     in.h_stride = in.D;
@@ -327,37 +270,74 @@ void fill_partials(lego::ExitInputs in, const std::optional<Tensor>& norm_weight
                               [&](int64_t begin, int64_t end) { kernel(in, partials, begin, end); });
 }
 
+// Leaves tokens out of the draw, and draws again.
+void filter_and_draw(const lego::ExitInputs& in, const lego::ExitRequest& by,
+                     const lego::ExitPartials& partials) {
+  const auto draw = LEGO_KERNEL(draw_kept);
+  std::vector<float> values;
+  lego::LikelyFirst heap;
+  for (int64_t row = 0; row < in.B; ++row) {
+    const float* most = partials.most + row * in.num_tiles;
+    if (std::any_of(most, most + in.num_tiles, [](float x) { return std::isnan(x); })) continue;
+    float* logits = in.logits + row * in.num_tiles * lego::kTile;
+    lego::keep_top_k(logits, in.V, by.top_k, values);
+    lego::keep_top_p(logits, in.V, by.top_p, by.top_p_temperature, heap);
+    draw(in, partials, row);
+  }
+}
+
+}  // namespace
+
+void lego::decide_exits(const ExitRequest& request, const ExitResults& out) {
+  ExitInputs in;
+  in.h = request.h, in.h_stride = request.h_stride;
+  in.head = request.head, in.head_stride = request.head_stride;
+  in.B = request.B, in.D = request.D, in.V = request.V;
+  in.num_tiles = (in.V + kTile - 1) / kTile;
+  in.temperature = request.temperature, in.seed = request.seed, in.offset = request.offset;
+  const bool filtered = request.temperature.data != nullptr && (request.top_k > 0 || request.top_p < 1);
+  in.logits = filtered ? request.logits : nullptr;
+  check_rows(request.threshold, in.temperature, in.B);
+
+  const ExitPartials partials(request.workspace, in.B * in.num_tiles);
+  with_dtype("exit_decision", request.dtype, [&](auto type) {
+    auto* normed = reinterpret_cast<decltype(type)*>(partials.index + in.B * in.num_tiles);
+    fill_partials(in, request.norm_weight, request.eps, partials, normed);
+  });
+  if (filtered) filter_and_draw(in, request, partials);
+  const auto merge = LEGO_KERNEL(merge_tiles);
+  for (int64_t b = 0; b < in.B; ++b) {
+    const ExitSummary row = merge(partials, b, in.num_tiles);
+    const float sure = confidence_of(request.criterion, row, in.V);
+    out.token[b] = row.token;
+    out.confidence[b] = sure;
+    out.lse[b] = lse_of(row);
+    out.exit[b] = sure >= request.threshold[b];
+  }
+}
+
+namespace {
+
 // h [B, D] and head [vocab_size or more, D] of one dtype, last strides 1; outputs [B], contiguous
 void exit_decision_cpu(const Tensor& h, const Tensor& head, std::optional<Tensor> norm_weight, double eps,
                        const Tensor& threshold, std::string criterion, int64_t vocab_size,
                        std::optional<Tensor> temperature, std::optional<Tensor> seed,
                        std::optional<Tensor> offset, Tensor token, Tensor confidence, Tensor lse, Tensor exit,
                        Tensor workspace) {
-  const Criterion by = criterion_of(criterion);
-  const lego::PerRow<float> thresholds(threshold);
-  lego::ExitInputs in;
+  lego::ExitRequest in;
+  in.dtype = h.scalar_type();
   in.h = h.data_ptr(), in.h_stride = h.stride(0);
   in.head = head.data_ptr(), in.head_stride = head.stride(0);
+  in.norm_weight = norm_weight ? norm_weight->data_ptr() : nullptr;
   in.B = h.size(0), in.D = h.size(1), in.V = vocab_size;
-  in.num_tiles = (vocab_size + lego::kTile - 1) / lego::kTile;
+  in.eps = static_cast<float>(eps);
+  in.criterion = criterion_of(criterion);
+  in.threshold = lego::PerRow<float>(threshold);
   in.temperature = lego::PerRow<float>(temperature);
   in.seed = lego::PerRow<int64_t>(seed), in.offset = lego::PerRow<int64_t>(offset);
-  check_rows(thresholds, in.temperature, in.B);
-
-  const lego::ExitPartials partials(static_cast<float*>(workspace.data_ptr()), in.B * in.num_tiles);
-  lego::with_dtype("exit_decision", h.scalar_type(), [&](auto type) {
-    auto* normed = reinterpret_cast<decltype(type)*>(partials.index + in.B * in.num_tiles);
-    fill_partials(in, norm_weight, static_cast<float>(eps), partials, normed);
-  });
-  const auto merge = LEGO_KERNEL(merge_tiles);
-  for (int64_t b = 0; b < in.B; ++b) {
-    const lego::ExitSummary row = merge(partials, b, in.num_tiles);
-    const float sure = confidence_of(by, row, vocab_size);
-    static_cast<int64_t*>(token.data_ptr())[b] = row.token;
-    static_cast<float*>(confidence.data_ptr())[b] = sure;
-    static_cast<float*>(lse.data_ptr())[b] = lse_of(row);
-    static_cast<bool*>(exit.data_ptr())[b] = sure >= thresholds[b];
-  }
+  in.workspace = static_cast<float*>(workspace.data_ptr());
+  lego::decide_exits(in, {static_cast<int64_t*>(token.data_ptr()), static_cast<float*>(confidence.data_ptr()),
+                          static_cast<float*>(lse.data_ptr()), static_cast<bool*>(exit.data_ptr())});
 }
 
 }  // namespace

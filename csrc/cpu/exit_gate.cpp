@@ -52,7 +52,7 @@ float exit_gate_score(const T* h, const T* weight, const T* norm_weight, float e
 #include <optional>
 
 #include "dtype.h"
-#include "rows.h"
+#include "exits.h"
 #define LEGO_OP_FILE "exit_gate.cpp"
 #include "for_each_isa.h"
 
@@ -60,42 +60,53 @@ namespace {
 
 using torch::stable::Tensor;
 
-float first_value(const Tensor& x) {
+float first_value(const void* x, torch::headeronly::ScalarType dtype) {
   float value;
-  lego::with_dtype("exit_gate", x.scalar_type(), [&](auto type) {
-    value = lego::scalar::to_float(*static_cast<const decltype(type)*>(x.data_ptr()));
+  lego::with_dtype("exit_gate", dtype, [&](auto type) {
+    value = lego::scalar::to_float(*static_cast<const decltype(type)*>(x));
   });
   return value;
 }
+
+}  // namespace
+
+void lego::gate_exits(const GateRequest& in, float* score, bool* exit) {
+  for (int64_t row = 0; row < in.B; ++row) {
+    LEGO_CHECK_VALUE(in.threshold[row] == in.threshold[row], "exit_gate: threshold must not be NaN, got nan");
+  }
+  const float bias = first_value(in.bias, in.bias_dtype);
+  with_dtype("exit_gate", in.dtype, [&](auto type) {
+    using T = decltype(type);
+    const auto kernel = LEGO_KERNEL(exit_gate_score<T>);
+    const auto* rows = static_cast<const T*>(in.h);
+    const auto *weight = static_cast<const T*>(in.weight), *norm = static_cast<const T*>(in.norm_weight);
+    // a thread gets 32,768 values at least: some 5 us, which is what waking it costs
+    const int64_t grain = std::max<int64_t>(1, 32768 / in.D);
+    torch::stable::parallel_for(0, in.B, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        score[row] = kernel(rows + row * in.h_stride, weight, norm, in.eps, bias, in.D);
+        exit[row] = score[row] >= in.threshold[row];
+      }
+    });
+  });
+}
+
+namespace {
 
 // h [B, D], gate_weight [D], norm_weight [D] of one dtype, gate_bias of that or float32, one value;
 // threshold float32 [] or [B] of any stride, score float32 [B], exit bool [B]; other last strides 1
 void exit_gate_cpu(const Tensor& h, const Tensor& gate_weight, const Tensor& gate_bias,
                    const Tensor& threshold, std::optional<Tensor> norm_weight, double eps, Tensor score,
                    Tensor exit) {
-  const int64_t B = h.size(0), D = h.size(1);
-  const lego::PerRow<float> wanted(threshold);
-  for (int64_t row = 0; row < B; ++row) {
-    LEGO_CHECK_VALUE(wanted[row] == wanted[row], "exit_gate: threshold must not be NaN, got nan");
-  }
-  const float bias = first_value(gate_bias);
-  auto* scores = static_cast<float*>(score.data_ptr());
-  auto* exits = static_cast<bool*>(exit.data_ptr());
-  lego::with_dtype("exit_gate", h.scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    const auto kernel = LEGO_KERNEL(exit_gate_score<T>);
-    const auto* rows = static_cast<const T*>(h.data_ptr());
-    const auto* weight = static_cast<const T*>(gate_weight.data_ptr());
-    const auto* norm = norm_weight ? static_cast<const T*>(norm_weight->data_ptr()) : nullptr;
-    // a thread gets 32,768 values at least: some 5 us, which is what waking it costs
-    const int64_t grain = std::max<int64_t>(1, 32768 / D);
-    torch::stable::parallel_for(0, B, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        scores[row] = kernel(rows + row * h.stride(0), weight, norm, static_cast<float>(eps), bias, D);
-        exits[row] = scores[row] >= wanted[row];
-      }
-    });
-  });
+  lego::GateRequest in;
+  in.dtype = h.scalar_type();
+  in.h = h.data_ptr(), in.h_stride = h.stride(0), in.B = h.size(0), in.D = h.size(1);
+  in.weight = gate_weight.data_ptr();
+  in.norm_weight = norm_weight ? norm_weight->data_ptr() : nullptr;
+  in.bias = gate_bias.data_ptr(), in.bias_dtype = gate_bias.scalar_type();
+  in.eps = static_cast<float>(eps);
+  in.threshold = lego::PerRow<float>(threshold);
+  lego::gate_exits(in, static_cast<float*>(score.data_ptr()), static_cast<bool*>(exit.data_ptr()));
 }
 
 }  // namespace

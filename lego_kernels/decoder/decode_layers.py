@@ -1,7 +1,7 @@
-"""Transformer layers on a chunk of tokens in one call: the decode step's main part on the CPU.
+"""Transformer layers on a chunk of tokens in one call: what decode_step is made of, on its own.
 
 Native: csrc/cpu/decode_layers.cpp. There is no plain torch form, since the weights come as a table
-of addresses; lego_kernels.decoder holds what they point to, and is what to use. Shape letters:
+of addresses, which lego_kernels.decoder.state makes. Shape letters:
 L layers, N tokens of the chunk, D width, B rows, S slots, K key/value heads, E head width.
 """
 
@@ -21,8 +21,6 @@ FIELDS = (
     "gate_up",  # [2 * hidden, D]
     "down",  # [D, hidden]
 )
-# columns of `tokens`
-SOURCE, ROW, POSITION, SLOT = range(4)
 
 LIB.define(
     "decode_layers(Tensor layers, Tensor tokens, Tensor source, Tensor(a!) h, Tensor(b!)? states, "

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from time import perf_counter
 
+import torch
 from torch import Tensor
 
-from lego_kernels.decoder.checks import Criterion, KVPolicy, check_room
+from lego_kernels.decoder.checks import Criterion, KVPolicy
+from lego_kernels.decoder.decode_step import decode_step
 from lego_kernels.decoder.decoder import Decoder
 from lego_kernels.decoder.rows import NewToken
 from lego_kernels.decoder.sampling import Sampling
@@ -74,7 +76,7 @@ class DeferringDecoder(Decoder):
             kv_policy=kv_policy,
             sampling=sampling,
         )
-        self.waiting: dict[int, float] = {}  # rows that stay, and their confidence
+        self.waiting: set[int] = set()  # rows that stay
         self._lower_time, self._upper_time = PassSeconds(), PassSeconds()
         self._share_staying = 0.5  # of rows in a lower pass, smoothed
         self._cycle_tokens, self._cycle_seconds = 0, 0.0
@@ -82,19 +84,17 @@ class DeferringDecoder(Decoder):
     def prefill(self, prompts: Sequence[Tensor]) -> None:
         """As Decoder.prefill; no row waits afterwards."""
         super().prefill(prompts)
-        self.waiting, self._cycle_tokens, self._cycle_seconds = {}, 0, 0.0
+        self.waiting, self._cycle_tokens, self._cycle_seconds = set(), 0, 0.0
 
     def finish(self, rows: Sequence[int]) -> None:
         super().finish(rows)
-        for row in rows:
-            self.waiting.pop(row, None)
+        self.waiting.difference_update(rows)
 
     def step(self) -> list[NewToken]:
         """Run one pass; return the tokens it completes, rows ascending.
 
-        Raises: ValueError, before anything runs, if a row is full.
+        Raises: as Decoder.step.
         """
-        check_room(self.live, self.position, self.num_slots)
         ready = [row for row in self.live if row not in self.waiting]
         if self.waiting and (not ready or self._upper_pays(len(ready))):
             return self._upper_pass()
@@ -109,19 +109,25 @@ class DeferringDecoder(Decoder):
         return ready < now * later
 
     def _lower_pass(self, ready: Sequence[int]) -> list[NewToken]:
-        start = perf_counter()
-        new, staying = self.run_to_exit(ready)
-        seconds = perf_counter() - start
+        new, seconds = self._timed(ready, lower=True)
         self._lower_time.add(len(ready), seconds)
-        self._share_staying += 0.05 * (len(staying) / len(ready) - self._share_staying)
+        self.waiting.update(ready)
+        self.waiting.difference_update(x.row for x in new)
+        staying = len(ready) - len(new)
+        self._share_staying += 0.05 * (staying / len(ready) - self._share_staying)
         self._cycle_tokens += len(new)
         self._cycle_seconds += seconds
-        self.waiting |= staying
-        return self.advance(new)
+        return new
 
     def _upper_pass(self) -> list[NewToken]:
+        new, seconds = self._timed(sorted(self.waiting), lower=False)
+        self._upper_time.add(len(new), seconds)
+        self.waiting, self._cycle_tokens, self._cycle_seconds = set(), 0, 0.0
+        return new
+
+    def _timed(self, rows: Sequence[int], *, lower: bool) -> tuple[list[NewToken], float]:
+        """One pass of the lower or of the upper block: its tokens and its seconds."""
         start = perf_counter()
-        new = self.run_deep(self.waiting)
-        self._upper_time.add(len(new), perf_counter() - start)
-        self.waiting, self._cycle_tokens, self._cycle_seconds = {}, 0, 0.0
-        return self.advance(sorted(new))
+        wanted = torch.tensor(rows, dtype=torch.int64)
+        new = self._collect(decode_step(self.state.table, wanted, lower, not lower))
+        return new, perf_counter() - start

@@ -26,8 +26,9 @@ from lego_kernels.decoder.counts import Counts
 from lego_kernels.decoder.device_exits import DeviceExits, StepRecord
 from lego_kernels.decoder.device_layers import Buffers, DeviceLayers, KVBuffers
 from lego_kernels.decoder.graph_step import StepParts, choose_mode, step_in_mode
-from lego_kernels.decoder.rows import CHUNK_TOKENS, NewToken
+from lego_kernels.decoder.rows import NewToken
 from lego_kernels.decoder.sampling import Sampling
+from lego_kernels.decoder.state import CHUNK_TOKENS
 from lego_kernels.decoder.weights import DecoderWeights
 
 MAX_PENDING = 16  # exit states of a row that wait for their upper K and V

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-from lego_kernels.decoder.checks import Criterion, check_criterion, check_room
+from lego_kernels.decoder.checks import Criterion, check_criterion, policy_for
+from lego_kernels.decoder.decode_step import decode_speculate
 from lego_kernels.decoder.rows import NewToken, Rows
 from lego_kernels.decoder.sampling import Sampling
 from lego_kernels.decoder.weights import DecoderWeights
-
-# the drafts of one row: token and confidence
-Draft = list[tuple[int, float]]
 
 
 class SpeculativeDecoder(Rows):
@@ -40,83 +37,23 @@ class SpeculativeDecoder(Rows):
         if math.isnan(stop_confidence):
             raise ValueError("Decoder: stop_confidence must be a number, got nan")
         check_criterion(weights, criterion)
-        super().__init__(weights, sampling or Sampling(), num_rows, num_slots)
-        self.draft_tokens, self.criterion = draft_tokens, criterion
-        self.exits.set_threshold(stop_confidence)
+        super().__init__(
+            weights,
+            num_rows,
+            num_slots,
+            sampling,
+            criterion=criterion,
+            policy=policy_for(weights, None, criterion, None),
+            draft_tokens=draft_tokens,
+        )
+        self.set_threshold(stop_confidence)
 
     def step(self) -> list[NewToken]:
         """Draft and verify once in every live row; return 1 to draft_tokens tokens of each.
 
-        Raises: ValueError, before anything runs, if a row is full.
+        Raises: ValueError, before anything runs, if a row is full. FloatingPointError if a logit
+            is NaN; no row has gone on then.
         """
-        check_room(self.live, self.position, self.num_slots)
         if not self.live:
             return []
-        drafts = self._draft()
-        if self.weights.upper_kv is not None:
-            stops = [self.position[row] + len(drafts[row]) for row in self.live]
-            self.fill_upper_kv(self.owed(self.live, stops))  # and, after a prompt, what it owes
-        verified = self._verify(
-            [(row, self.position[row] + i) for row in self.live for i in range(len(drafts[row]))]
-        )
-        return [new for row in self.live for new in self._accept(row, drafts[row], verified)]
-
-    def _accept(
-        self, row: int, drafts: Draft, verified: dict[tuple[int, int], int]
-    ) -> list[NewToken]:
-        """Go on to the first draft that full depth replaces, or past the last."""
-        new = []
-        for draft, confidence in drafts:
-            token = verified[row, self.position[row]]
-            new.append(NewToken(row, token, self.weights.num_layers, confidence))
-            self.position[row] += 1
-            if token != draft:
-                break
-        self.last[row], self.upper_len[row] = token, self.position[row]
-        return new
-
-    def _draft(self) -> dict[int, Draft]:
-        """What each live row drafts; its exit states are kept."""
-        drafts: dict[int, Draft] = {row: [] for row in self.live}
-        drafting = self.live
-        for i in range(self.draft_tokens):
-            drafting = [row for row in drafting if self.position[row] + i < self.num_slots]
-            if not drafting:
-                break
-            inputs = [drafts[row][-1][0] if i else self.last[row] for row in drafting]
-            at = [self.position[row] + i for row in drafting]
-            chunk = zip(inputs, drafting, at, at, strict=True)
-            self.run_lower(list(chunk))
-            sure = self._decide_drafts(drafting, at, drafts)
-            drafting = [row for row, go_on in zip(drafting, sure, strict=True) if go_on]
-        return drafts
-
-    def _decide_drafts(
-        self, rows: Sequence[int], positions: Sequence[int], drafts: dict[int, Draft]
-    ) -> list[bool]:
-        """Add a draft to each row; return whether the criterion is sure of it."""
-        N, exits = len(rows), self.exits
-        gated = self.criterion == "gate"
-        if gated:
-            self.gate(N)
-            sure, confidence = exits.exits[:N].tolist(), exits.confidence[:N].tolist()
-        criterion = "max_prob" if gated else self.criterion
-        self.decide(N, self.weights.exit_norm, criterion, rows, [p + 1 for p in positions])
-        if not gated:
-            sure, confidence = exits.exits[:N].tolist(), exits.confidence[:N].tolist()
-        tokens = exits.token[:N].tolist()
-        for row, token, value in zip(rows, tokens, confidence, strict=True):
-            drafts[row].append((token, value))
-        return sure
-
-    def _verify(self, states: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
-        """The token that full depth gives after each state (row, position)."""
-        S = self.num_slots
-        verified: dict[tuple[int, int], int] = {}
-        for start in range(0, len(states), self.max_chunk):
-            part = states[start : start + self.max_chunk]
-            self.run_upper([(row * S + p, row, p, p) for row, p in part])
-            rows, after = [row for row, _ in part], [p + 1 for _, p in part]
-            self.decide(len(part), self.weights.last_norm, "max_prob", rows, after)
-            verified.update(zip(part, self.exits.token[: len(part)].tolist(), strict=True))
-        return verified
+        return self._collect(decode_speculate(self.state.table, self._live_rows))

@@ -11,10 +11,11 @@ from lego.engine import decoder_weights
 from lego.ops.exit_decision import softmax_confidence
 from lego.strategies import EarlyExit, FullDepth
 from lego_kernels import library
+from lego_kernels.decoder.counts import Counts
 from lego_kernels.decoder.decoder import Decoder
-from lego_kernels.decoder.rows import CHUNK_TOKENS
 from lego_kernels.decoder.sampling import Sampling
 from lego_kernels.decoder.speculative import SpeculativeDecoder
+from lego_kernels.decoder.state import CHUNK_TOKENS
 from tests.models import POLICIES, agreeing_model, tiny_model, token_ids
 
 pytestmark = pytest.mark.skipif(
@@ -83,7 +84,7 @@ def test_prompts_longer_than_a_chunk(upper_kv, length):
     calls = decoder.counts.upper_kv_calls
     assert calls == (0 if own else num_prompt + 3 * 4)
     states = model(prompts[0][None]).exit_state[0]
-    torch.testing.assert_close(decoder.layers.states[0, : len(prompts[0])], states, **CLOSE)
+    torch.testing.assert_close(decoder.state.states[0, : len(prompts[0])], states, **CLOSE)
 
 
 @pytest.mark.parametrize("lengths", [(1,), (3, 150, 1)], ids=["one row", "ragged rows"])
@@ -94,8 +95,8 @@ def test_debts_longer_than_a_chunk(policy, lengths):
     decoder = Decoder(decoder_weights(model), len(prompts), SLOTS, threshold=0.0, kv_policy=policy)
     decoder.prefill(prompts)
     steps = run(decoder, 150)
-    before = replace(decoder.counts)
-    decoder.exits.set_threshold(math.inf)
+    before = decoder.counts
+    decoder.set_threshold(math.inf)
     steps += run(decoder, 3)
     Reference(model, prompts, policy).assert_agrees(steps)
     counts, num_rows = decoder.counts, len(lengths)
@@ -119,7 +120,7 @@ def test_more_rows_than_a_chunk_holds(policy):
     decoder = Decoder(decoder_weights(model), 130, 20, threshold=0.0, kv_policy=policy)
     decoder.prefill(prompts)
     steps = run(decoder, 2)
-    decoder.exits.set_threshold(math.inf)
+    decoder.set_threshold(math.inf)
     steps += run(decoder, 2)
     some = (0, 77, 129)
     kept = [[new for new in step if new.row in some] for step in steps]
@@ -160,6 +161,11 @@ def test_drafts_report_what_the_exit_is_worth(num_drafts):
     assert {x.exit_layer for x in new} == {4}
 
 
+def where_rows_are(decoder):
+    state = decoder.state
+    return [values.tolist() for values in (state.position, state.last, state.upper_len)]
+
+
 def decoders(weights, num_rows, num_slots):
     return [
         Decoder(weights, num_rows, num_slots),
@@ -177,13 +183,14 @@ def test_a_full_row_is_refused_and_the_others_go_on(upper_kv):
         decoder.prefill(prompts)
         free.prefill(prompts)
         first = decoder.step()
-        assert [x for x in first if x.row == 1] == [x for x in free.step() if x.row == 1][:1]
-        before, state = replace(decoder.counts), (list(decoder.position), list(decoder.last))
+        both = [[x for x in step if x.row == 1] for step in (first, free.step())]
+        assert str(both[0]) == str(both[1][:1])
+        before, where = decoder.counts, where_rows_are(decoder)
         sentence = "^Decoder: row 1 must hold less than num_slots=9 tokens, got 9$"
         for _ in range(2):
             with pytest.raises(ValueError, match=sentence):
                 decoder.step()
-        assert decoder.counts == before and (decoder.position, decoder.last) == state
+        assert decoder.counts == before and where_rows_are(decoder) == where
         decoder.finish([1])
         rows = {new.row for step in run(decoder, 1) for new in step}
         assert rows == {0, 2}
@@ -208,7 +215,7 @@ def test_prompts_are_checked_before_anything_runs(sentence):
     for decoder, other in zip(decoders(weights, 2, 9), decoders(weights, 2, 9), strict=True):
         with pytest.raises(ValueError, match=f"^Decoder: {sentence}$"):
             decoder.prefill(bad)
-        assert decoder.counts == type(decoder.counts)() and decoder.position == [0, 0]
+        assert decoder.counts == Counts() and where_rows_are(decoder) == [[0, 0]] * 3
         for one in (decoder, other):
             one.prefill(prompts_of(2, 3))
         assert str(run(decoder, 3)) == str(run(other, 3))
@@ -243,7 +250,7 @@ def test_finished_and_unknown_rows(upper_kv):
             live = {new.row for new in step}
             assert str(step) == str([new for new in all_rows if new.row in live])
         decoder.finish([1, 3])
-        before = replace(decoder.counts)
+        before = decoder.counts
         assert decoder.step() == [] and decoder.counts == before
 
 

@@ -6,7 +6,7 @@ import torch
 from lego.engine import decoder_weights
 from lego_kernels import library
 from lego_kernels.decoder.decode_layers import decode_layers
-from lego_kernels.decoder.layers import NativeLayers
+from lego_kernels.decoder.state import layer_table, workspace_width
 from tests.decode_layers_cases import SHAPES, Case, Shape, chunk
 from tests.models import VARIANTS, tiny_model, token_ids
 from tests.oracle import FLOORS, assert_error_bounded, assert_same_bits
@@ -89,21 +89,33 @@ def test_slots_after_the_token_are_never_read():
 
 
 def native_states(model, ids, chunk_size):
-    """Exit and final states [T, D] of one text, by NativeLayers."""
-    weights = decoder_weights(model)
-    layers = NativeLayers(weights, 2, len(ids), chunk_size)
-    final = []
-    for start in range(0, len(ids), chunk_size):
-        part = range(start, min(start + chunk_size, len(ids)))
-        states = [[len(ids) + t, 1, t, t] for t in part]  # row 1
-        layers.tokens[: len(part)] = [[int(ids[t]), 1, t, t] for t in part]
-        layers.lower(len(part))
-        layers.tokens[: len(part)] = states
-        if weights.upper_kv is not None:
-            layers.upper_kv(len(part))
-        layers.upper(len(part))
-        final.append(layers.h[: len(part)].clone())
-    return layers.states[1], torch.cat(final)
+    """Exit and final states [T, D] of one text, in row 1 of two."""
+    weights, T = decoder_weights(model), len(ids)
+    new = weights.embedding.new_zeros
+    states, h, shape = new(2, T, weights.dim), new(T, weights.dim), (2, T, weights.num_kv_heads)
+    workspace = new(T * workspace_width(weights))
+
+    def run(layers, source, sources, states, caches, num_heads, own_kv):
+        table = layer_table(layers)
+        for tokens in torch.stack(
+            (sources, torch.ones_like(ids), torch.arange(T), torch.arange(T)), dim=1
+        ).split(chunk_size):
+            at = slice(int(tokens[0, 2]), int(tokens[-1, 2]) + 1)
+            shared = (weights.cos, weights.sin, num_heads, own_kv, weights.hidden_dim, weights.eps)
+            decode_layers(table, tokens, source, h[at], states, *caches, *shared, workspace)
+
+    caches = [new(len(weights.lower), *shape, weights.head_dim) for _ in "kv"]
+    run(map(vars, weights.lower), weights.embedding, ids, states, caches, weights.num_heads, True)
+    caches = [new(len(weights.upper), *shape, weights.head_dim) for _ in "kv"]
+    exit_states, sources = states.view(2 * T, -1), T + torch.arange(T)
+    own_kv = weights.upper_kv is None
+    if not own_kv:
+        names = ("attention_norm", "in_proj", "in_bias", "k_norm")
+        projections = [dict(zip(names, x, strict=True)) for x in weights.upper_kv_layers()]
+        run(projections, exit_states, sources, None, caches, 0, True)
+    upper = [vars(layer) for layer in weights.upper]
+    run(upper, exit_states, sources, None, caches, weights.num_heads, own_kv)
+    return states[1], h
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
