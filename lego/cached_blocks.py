@@ -119,6 +119,10 @@ class CachedBlocks:
         self.rows[row].position = position
         self.rows[row].upper_len = min(self.rows[row].upper_len, position)
 
+    def newest_exit_state(self, row: int) -> Tensor:
+        """The exit state [1, D] of the token that a row consumed last."""
+        return self._owed(slice(row, row + 1), 1)[0][0]
+
     def exit_logits(self, exit_state_ND: Tensor) -> Tensor:
         return self._head(self.model.exit_logits, exit_state_ND)
 

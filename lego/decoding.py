@@ -50,6 +50,16 @@ class TokenDecoder(Protocol):
         """These rows yield no more; the others do not notice."""
 
 
+class ThresholdDecoder(TokenDecoder, Protocol):
+    """A TokenDecoder of EarlyExit: its thresholds may change between steps, row by row."""
+
+    def set_threshold(self, row: int, threshold: float) -> None:
+        """What the next confidences of a row are compared with; not NaN."""
+
+    def shallow_token(self, row: int) -> int:
+        """The token that an exit would have given in place of the row's newest one."""
+
+
 class Step(NamedTuple):
     """What one step yields for each row."""
 
@@ -103,6 +113,22 @@ class DrawingDecoder:
         self._token_B = self._token_B[kept]
 
 
+class ExitingDecoder(DrawingDecoder):
+    """The ThresholdDecoder of EarlyExit."""
+
+    _decoder: CachedDecoder
+
+    def set_threshold(self, row: int, threshold: float) -> None:
+        self._decoder.threshold_B[self._rows.index(row)] = threshold
+
+    def shallow_token(self, row: int) -> int:
+        index = self._rows.index(row)
+        logits_1V = self._decoder.newest_exit_logits(index)
+        # the newest token is at the position before that of the next
+        (token,) = draw(logits_1V, self._sampling, [row], [self._positions[index] - 1])
+        return token
+
+
 class UncachedDecoder:
     """Keeps the ids and runs them all again at every step."""
 
@@ -152,6 +178,10 @@ class CachedDecoder:
         policy = strategy.policy_for(model) if isinstance(strategy, EarlyExit) else None
         self.model, self.strategy = model, strategy
         self.blocks = CachedBlocks(model, num_rows, num_slots, policy)
+        threshold = strategy.threshold if isinstance(strategy, EarlyExit) else math.inf
+        self.threshold_B = torch.full(
+            (num_rows,), threshold, dtype=torch.float64, device=model.device
+        )
 
     @property
     def counts(self) -> Counts:
@@ -164,6 +194,7 @@ class CachedDecoder:
     def keep(self, rows: list[int]) -> None:
         """Go on with the given rows alone: the others have finished."""
         self.blocks.keep(rows)
+        self.threshold_B = self.threshold_B[rows]
 
     def step(self, token_B: Tensor) -> Step:
         """Consume one token a row; yield the logits of the next."""
@@ -185,13 +216,20 @@ class CachedDecoder:
         if strategy.criterion != "gate":
             logits_BV = blocks.exit_logits(h_BD)
             confidence_B = softmax_confidence(logits_BV, strategy.criterion)
-            return logits_BV, confidence_B, confidence_B >= strategy.threshold
+            return logits_BV, confidence_B, self._exits(confidence_B)
         confidence_B = blocks.gate_score(h_BD)
-        exits_B = confidence_B >= strategy.threshold
+        exits_B = self._exits(confidence_B)
         logits_BV = h_BD.new_empty(len(h_BD), self.model.config.vocab_size)
         if exits_B.any():
             logits_BV[exits_B] = blocks.exit_logits(h_BD[exits_B])
         return logits_BV, confidence_B, exits_B
+
+    def _exits(self, confidence_B: Tensor) -> Tensor:
+        return confidence_B >= self.threshold_B.to(confidence_B.dtype)
+
+    def newest_exit_logits(self, row: int) -> Tensor:
+        """Logits [1, V] of the exit after the token that a row consumed last."""
+        return self.blocks.exit_logits(self.blocks.newest_exit_state(row))
 
     def _deep_groups(self, exits: list[bool]) -> Iterator[slice]:
         """Adjacent rows that stay and owe equally many tokens."""

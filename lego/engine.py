@@ -79,7 +79,11 @@ class NativeEngine:
                 where["kv_policy"] = policy
         if self.model.device.type != "cpu":
             return NativeTokens(DeviceDecoder(self.weights, **where))
-        return NativeTokens((DeferringDecoder if self.deferral else Decoder)(self.weights, **where))
+        if isinstance(strategy, EarlyExit):
+            return NativeExits(
+                (DeferringDecoder if self.deferral else Decoder)(self.weights, **where)
+            )
+        return NativeTokens(Decoder(self.weights, **where))
 
 
 class NativeTokens:
@@ -96,6 +100,17 @@ class NativeTokens:
 
     def step(self) -> list[GeneratedToken]:
         return list(map(GeneratedToken._make, self._decoder.step()))
+
+
+class NativeExits(NativeTokens):
+    """An early-exit decoder of the CPU as a lego.decoding.ThresholdDecoder."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__(decoder)
+        self._thresholds, self.shallow_token = decoder.state.threshold, decoder.shallow_token
+
+    def set_threshold(self, row: int, threshold: float) -> None:
+        self._thresholds[row] = threshold
 
 
 def engine_for(model: LegoModel, strategy: Strategy, name: EngineName) -> Engine:

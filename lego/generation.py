@@ -7,24 +7,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from lego.controller import Control, ControlledRows, Controller
 from lego.counts import Counts
 from lego.decoding import (
     CachedDecoder,
     DrawingDecoder,
+    ExitingDecoder,
     GeneratedToken,
-    LogitsDecoder,
+    ThresholdDecoder,
     TokenDecoder,
     UncachedDecoder,
 )
 from lego.model import LegoModel
 from lego.sampling import Sampling
 from lego.speculation import SpeculativeDecoder
-from lego.strategies import Speculative, Strategy, Uncached
+from lego.strategies import EarlyExit, Speculative, Strategy, Uncached
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,7 @@ class GenerationOutput:
     exit_layer: list[list[int]]
     confidence: list[list[float]]
     stats: GenerationStats
+    control: list[Control] | None  # by row, where a controller held a target
 
 
 EngineName = Literal["auto", "reference", "native"]
@@ -81,12 +84,12 @@ class ReferenceEngine:
         """Contract of Engine.decoder."""
         if isinstance(strategy, Speculative):
             return SpeculativeDecoder(self.model, strategy, sampling, num_rows, num_slots)
-        decoder: LogitsDecoder
         if isinstance(strategy, Uncached):
-            decoder = UncachedDecoder(self.model, strategy)
-        else:
-            decoder = CachedDecoder(self.model, strategy, num_rows, num_slots)
-        return DrawingDecoder(decoder, sampling)
+            return DrawingDecoder(UncachedDecoder(self.model, strategy), sampling)
+        decoder = CachedDecoder(self.model, strategy, num_rows, num_slots)
+        return (ExitingDecoder if isinstance(strategy, EarlyExit) else DrawingDecoder)(
+            decoder, sampling
+        )
 
 
 @torch.no_grad()
@@ -100,21 +103,25 @@ def generate(
     stop_tokens: Sequence[int] = (),
     streamer: Streamer | None = None,
     engine: Engine | None = None,
+    controller: Controller | None = None,
 ) -> GenerationOutput:
     """Generate up to max_new_tokens for every prompt; prompts may differ in length.
 
     A row ends after a stop token, which it keeps, or after max_new_tokens. The streamer is called
     once a token, in the order of steps, then rows; an exception in it ends generation. Greedy
-    without `sampling`, the reference without an `engine`.
+    without `sampling`, the reference without an `engine`. A controller, with EarlyExit, moves the
+    thresholds, from its own start, row by row.
     Raises: ValueError, before anything runs, if there is no prompt, a prompt is empty, an id is
     not in [0, vocab_size), prompt and new tokens exceed max_seq_len, max_new_tokens is negative,
-    the strategy does not fit the model or the engine is of another model; FloatingPointError if
-    a token is to be drawn from logits with a NaN.
+    the strategy does not fit the model or the controller, or the engine is of another model;
+    FloatingPointError if a token is to be drawn from logits with a NaN.
     """
     prompts = _check(model, prompt_ids, max_new_tokens)
     engine = ReferenceEngine(model) if engine is None else engine
     if engine.model is not model:
         raise ValueError("generate: engine.model must be the model, got another one")
+    if controller is not None and not isinstance(strategy, EarlyExit):
+        raise ValueError(f"generate: controller must come with EarlyExit, got {strategy}")
     # the last new token of a row is never an input
     num_slots = max(len(ids_T) for ids_T in prompts) + max(max_new_tokens, 1) - 1
     decoder = engine.decoder(strategy, sampling or Sampling(), len(prompts), num_slots)
@@ -122,7 +129,10 @@ def generate(
     decoder.prefill(prompts)
     prefill = replace(decoder.counts)
     prefilled = perf_counter()
-    rows = _decode(decoder, len(prompts), max_new_tokens, frozenset(stop_tokens), streamer)
+    controlled = controller and ControlledRows(controller, _adjustable(decoder), len(prompts))
+    observers = [streamer] if streamer else []
+    observers += [controlled.update] if controlled else []
+    rows = _decode(decoder, len(prompts), max_new_tokens, frozenset(stop_tokens), observers)
     decoded = perf_counter()
     return GenerationOutput(
         tokens=[[new.token for new in row] for row in rows],
@@ -134,7 +144,17 @@ def generate(
             prefill_seconds=prefilled - start,
             decode_seconds=decoded - prefilled,
         ),
+        control=controlled.rows if controlled else None,
     )
+
+
+def _adjustable(decoder: TokenDecoder) -> ThresholdDecoder:
+    """The decoder, if its thresholds can change; ValueError if not."""
+    if not hasattr(decoder, "set_threshold"):
+        raise ValueError(
+            "generate: controller must have a decoder with thresholds to set, got none"
+        )
+    return cast(ThresholdDecoder, decoder)
 
 
 def _decode(
@@ -142,7 +162,7 @@ def _decode(
     num_rows: int,
     max_new_tokens: int,
     stop_tokens: frozenset[int],
-    streamer: Streamer | None,
+    observers: Sequence[Streamer],
 ) -> list[list[GeneratedToken]]:
     """Step until every row has ended; the tokens of each."""
     rows: list[list[GeneratedToken]] = [[] for _ in range(num_rows)]
@@ -154,8 +174,8 @@ def _decode(
                 continue  # a step of several tokens went past the row's end
             row = rows[new.row]
             row.append(new)
-            if streamer is not None:
-                streamer(new)
+            for observe in observers:
+                observe(new)
             if new.token in stop_tokens or len(row) == max_new_tokens:
                 going.remove(new.row)
                 ended.append(new.row)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import pytest
@@ -97,7 +97,7 @@ def _row_along(
     for t, layer in enumerate(layers, len(prompt) - 1):
         if isinstance(forced, EarlyExit):
             exits = layer == model.config.exit_layer
-            decoder.strategy = replace(forced, threshold=-torch.inf if exits else torch.inf)
+            decoder.threshold_B[:] = -torch.inf if exits else torch.inf
         steps.append(decoder.step(ids[t : t + 1]))
     confidence = torch.tensor([step.confidence[0] for step in steps])
     if isinstance(strategy, Speculative):

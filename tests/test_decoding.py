@@ -138,7 +138,7 @@ def test_what_a_row_owes_is_settled_by_its_next_deep_token(policy):
     for t in range(9):
         decoder.step(ids[:, t])
     assert decoder.blocks.rows[0].upper_len == 0 and not decoder.blocks.upper_cache.k.any()
-    decoder.strategy = EarlyExit(threshold=math.inf, kv_policy=policy)
+    decoder.threshold_B[:] = math.inf
     logits = decoder.step(ids[:, 9]).logits_BV
     assert decoder.blocks.rows[0].upper_len == 10
     torch.testing.assert_close(logits, model.final_logits(model(ids).final_state)[:, 9], **CLOSE)

@@ -271,10 +271,19 @@ int64_t decode_speculate_cpu(Tensor state, const Tensor& rows) {
   return SpeculativeStep(state_of(state)).run(values(rows), rows.numel());
 }
 
+// The token that an exit after the input of the row's newest token would have given; kNaN if a logit is.
+int64_t decode_shallow_cpu(Tensor state, int64_t row) {
+  Decoder decoder(state_of(state));
+  DecoderState& s = decoder.s;
+  decoder.load_state(row, s.position[row] - 1);
+  return decoder.decide(1, s.exit_norm, of_head(s.criterion)) ? s.token[0] : kNaN;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lego_kernels, CPU, m) {
   m.impl("decode_prefill", TORCH_BOX(&decode_prefill_cpu));
   m.impl("decode_step", TORCH_BOX(&decode_step_cpu));
+  m.impl("decode_shallow", TORCH_BOX(&decode_shallow_cpu));
   m.impl("decode_speculate", TORCH_BOX(&decode_speculate_cpu));
 }

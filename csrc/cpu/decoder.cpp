@@ -112,8 +112,15 @@ void Decoder::gate(int64_t N) {
   s.counts->gate_passes += 1;
 }
 
+int64_t Decoder::state_bytes() const { return s.dim * (s.dtype == 0 ? 4 : 2); }
+
+void Decoder::load_state(int64_t row, int64_t position) {
+  s.tokens[0] = token_at(row, position);
+  std::memcpy(s.h, static_cast<const char*>(s.states) + s.tokens[0].source * state_bytes(), state_bytes());
+}
+
 void Decoder::move_state(int64_t from, int64_t to) {
-  const int64_t bytes = s.dim * (s.dtype == 0 ? 4 : 2);
+  const int64_t bytes = state_bytes();
   auto* h = static_cast<char*>(s.h);
   if (from != to) std::memcpy(h + to * bytes, h + from * bytes, bytes);
   s.tokens[to] = s.tokens[from];

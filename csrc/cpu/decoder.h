@@ -83,6 +83,8 @@ class Decoder {
 
   // Score and exit of each state in h by the gate.
   void gate(int64_t N);
+  // Makes the exit state of that token the first of the chunk.
+  void load_state(int64_t row, int64_t position);
   // Makes a state of the chunk, with its token, the `to`-th.
   void move_state(int64_t from, int64_t to);
   // Token, confidence and exit of each state in h. False if a logit is NaN.
@@ -98,6 +100,7 @@ class Decoder {
   Layers layers(const LayerWeights* weights, int64_t num_layers) const;
   Layers upper_layers(const LayerWeights* weights) const;
   void count_slots(int64_t N, int64_t num_layers);
+  int64_t state_bytes() const;
   void load_thresholds(int64_t N);
 };
 

@@ -7,7 +7,7 @@ token of its row comes, all that are owed in one pass over the weights.
 from __future__ import annotations
 
 from lego_kernels.decoder.checks import Criterion, KVPolicy, policy_for
-from lego_kernels.decoder.decode_step import decode_step
+from lego_kernels.decoder.decode_step import decode_shallow, decode_step
 from lego_kernels.decoder.rows import NewToken, Rows
 from lego_kernels.decoder.sampling import Sampling
 from lego_kernels.decoder.weights import DecoderWeights
@@ -51,3 +51,12 @@ class Decoder(Rows):
         if not self.live:
             return []
         return self._collect(decode_step(self.state.table, self._live_rows, True, True))
+
+    def shallow_token(self, row: int) -> int:
+        """The token that an exit would have given in place of the row's newest one.
+
+        Raises: FloatingPointError if a logit is NaN.
+        """
+        token: int = decode_shallow(self.state.table, row)
+        self._refuse_nan(token)
+        return token

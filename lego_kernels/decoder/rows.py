@@ -87,11 +87,15 @@ class Rows:
 
         Raises: FloatingPointError if it met a NaN instead; no row has gone on then.
         """
-        if count < 0:
-            raise FloatingPointError("generate: logits must be numbers, got NaN")
+        self._refuse_nan(count)
         state = self.state
         ints, floats = state.new_tokens[:count].tolist(), state.new_confidence[:count, 3].tolist()
         return [
             NewToken(row, token, exit_layer, confidence)
             for (row, token, exit_layer, _), confidence in zip(ints, floats, strict=True)
         ]
+
+    @staticmethod
+    def _refuse_nan(returned: int) -> None:
+        if returned < 0:
+            raise FloatingPointError("generate: logits must be numbers, got NaN")

@@ -45,22 +45,17 @@ class Reference:
     def __init__(self, model, prompts, policy):
         exact = tiny_model(model.config.upper_kv, max_seq_len=SLOTS)
         exact.load_state_dict(model.state_dict())
-        self.policy, self.model = policy, exact
-        self.rows = [CachedDecoder(exact, self._strategy(False), 1, SLOTS) for _ in prompts]
+        never = FullDepth() if policy is None else EarlyExit(threshold=math.inf, kv_policy=policy)
+        self.rows = [CachedDecoder(exact, never, 1, SLOTS) for _ in prompts]
         for row, ids in zip(self.rows, prompts, strict=True):
             row.prefill([ids[:-1]])
         self.last = [ids[-1:] for ids in prompts]
-
-    def _strategy(self, exits):
-        if self.policy is None:
-            return FullDepth()
-        return EarlyExit(threshold=-math.inf if exits else math.inf, kv_policy=self.policy)
 
     def assert_agrees(self, steps):
         """Each token is float64's, or within 1e-3 of its logit."""
         for new in (new for step in steps for new in step):
             decoder = self.rows[new.row]
-            decoder.strategy = self._strategy(new.exit_layer < 4)
+            decoder.threshold_B[:] = -math.inf if new.exit_layer < 4 else math.inf
             logits = decoder.step(self.last[new.row]).logits_BV[0]
             assert logits.max() - logits[new.token] < 1e-3
             self.last[new.row] = torch.tensor([new.token])
