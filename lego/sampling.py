@@ -80,8 +80,9 @@ def kept_logits(logits_BV: Tensor, sampling: Sampling) -> Tensor:
         # the highest logit becomes 0, so that no temperature makes it infinite
         scaled_BV = (wide_BV - wide_BV.amax(dim=-1, keepdim=True)) / sampling.temperature
         # stable: the lowest ids of a tie stay
-        sorted_BV, order_BV = scaled_BV.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+        sorted_BV, order_BV = scaled_BV.exp().sort(dim=-1, descending=True, stable=True)
         # a token stays if the mass before it has not reached p: the first always stays
-        drop_BV = sorted_BV.cumsum(dim=-1) - sorted_BV >= sampling.top_p
+        reached_BV = sorted_BV.cumsum(dim=-1) - sorted_BV
+        drop_BV = reached_BV >= sampling.top_p * sorted_BV.sum(dim=-1, keepdim=True)
         logits_BV = logits_BV.masked_fill(drop_BV.scatter(1, order_BV, drop_BV), -torch.inf)
     return logits_BV

@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #include <utility>
 
@@ -262,7 +261,7 @@ void decode_prefill_cpu(Tensor state, int64_t row, const Tensor& ids) {
   s.upper_len[row] = runs_upper ? stop : 0;
 }
 
-// rows int64 [N], ascending, N >= 1; the new tokens are in `new_tokens`, and their number is returned.
+// rows int64 [N], N >= 1, of the state's; the new tokens are in `new_tokens`, and their number is returned.
 int64_t decode_step_cpu(Tensor state, const Tensor& rows, bool lower, bool upper) {
   return Step(state_of(state)).run(values(rows), rows.numel(), lower, upper);
 }

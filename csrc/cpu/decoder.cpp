@@ -17,7 +17,7 @@ ScalarType dtype_of(const DecoderState& s) {
   return dtypes[s.dtype];
 }
 
-// The i-th value of each chunk or row array.
+// One value for each of the chunk's tokens.
 template <class V>
 PerRow<V> each(const V* data) {
   PerRow<V> values;

@@ -25,6 +25,8 @@ struct Draft {
   double confidence;
 };
 
+static_assert(sizeof(NewToken) == 32 && sizeof(Draft) == 32 && sizeof(Token) == 32);  // as Python makes them
+
 enum class DecideBy : int64_t { max_prob, margin, entropy, gate, nothing };
 enum class KVPolicy : int64_t { exact, hole, propagate, recompute };
 
@@ -56,7 +58,7 @@ struct DecoderState {
   void *h, *workspace;                          // [max_chunk, dim]; of run_layers
   float *exit_workspace, *logits, *threshold;   // of decide_exits; thresholds of the chunk
   int64_t *seed, *offset;                       // of the chunk
-  int64_t* token;                               // what was decided for the chunk, and the next three
+  int64_t* token;                               // what was decided for the chunk, as confidence, lse and exit
   float *confidence, *lse;
   bool* exit;
   int64_t *rows, *stops, *filled;  // scratch, [num_rows]
@@ -104,7 +106,7 @@ class Decoder {
   void load_thresholds(int64_t N);
 };
 
-// Positions [upper_len, stops) of some rows, one row after the other.
+// Positions [upper_len, stops) of N >= 1 rows, one row after the other.
 class Debt {
  public:
   Debt(const Decoder& decoder, const int64_t* rows, int64_t N);

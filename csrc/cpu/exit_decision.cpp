@@ -99,8 +99,8 @@ inline void reduce_tile(const lego::ExitInputs& in, const lego::ExitPartials& to
     sums.add(load(logits + i), splat(1), Vec{}, base_of(top.value));
   }
   const float plain = sum(sums.plain);
-  // at temperature 0 the noise has no weight
-  const bool noisy = in.temperature.data != nullptr && in.temperature[row] > 0;
+  // at temperature 0 the noise has no weight; where logits are kept, draw_kept draws
+  const bool noisy = in.logits == nullptr && in.temperature.data != nullptr && in.temperature[row] > 0;
   Top drawn = noisy ? draw_tile(in, row, tile, logits) : top;
   const int32_t nan = plain != plain ? first_nan(logits, lego::kTile) : -1;
   if (nan >= 0) top.value = top.second = drawn.value = plain, drawn.index = nan;

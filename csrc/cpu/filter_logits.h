@@ -31,10 +31,11 @@ using LikelyFirst = std::vector<std::pair<double, int64_t>>;
 // all stays whatever p is.
 inline void keep_top_p(float* logits, int64_t V, double p, double temperature, LikelyFirst& heap) {
   const double most = *std::max_element(logits, logits + V);
-  if (p >= 1 || most == kNever) return;
+  if (p >= 1 || std::isinf(most)) return;
   double total = 0;
   heap.clear();
   for (int64_t i = 0; i < V; ++i) {
+    if (logits[i] == kNever) continue;
     const double likely = std::exp((logits[i] - most) / temperature);
     total += likely;
     heap.emplace_back(likely, -i);

@@ -93,7 +93,7 @@ class DeferringDecoder(Decoder):
     def step(self) -> list[NewToken]:
         """Run one pass; return the tokens it completes, rows ascending.
 
-        Raises: as Decoder.step.
+        Raises: as Decoder.step, for the rows of the pass.
         """
         ready = [row for row in self.live if row not in self.waiting]
         if self.waiting and (not ready or self._upper_pays(len(ready))):

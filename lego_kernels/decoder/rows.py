@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +57,8 @@ class Rows:
         """
         per_row = torch.from_numpy(self.state.threshold)
         checked = check_threshold("Decoder", threshold, len(per_row), like=per_row)
+        if bool(checked.isnan().any()):
+            raise ValueError("Decoder: threshold must not be NaN, got nan")
         per_row.copy_(checked)
 
     def finish(self, rows: Sequence[int]) -> None:
@@ -78,7 +80,7 @@ class Rows:
         for row, prompt in enumerate(prompts):
             decode_prefill(self.state.table, row, prompt.cpu().contiguous())
 
-    def _set_live(self, rows: Any) -> None:
+    def _set_live(self, rows: Iterable[int]) -> None:
         self.live = list(rows)
         self._live_rows = torch.tensor(self.live, dtype=torch.int64)
 

@@ -70,8 +70,8 @@ def filtered(logits_NV: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1:
         # the highest logit becomes 0, so that no temperature makes it infinite
         scaled = (logits_NV - logits_NV.amax(dim=-1, keepdim=True)) / sampling.temperature
-        prob, order = scaled.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+        likely, order = scaled.exp().sort(dim=-1, descending=True, stable=True)
         # a token stays if the mass before it has not reached p: the first always stays
-        drop = prob.cumsum(dim=-1) - prob >= sampling.top_p
+        drop = likely.cumsum(dim=-1) - likely >= sampling.top_p * likely.sum(dim=-1, keepdim=True)
         logits_NV = logits_NV.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -math.inf)
     return logits_NV

@@ -44,7 +44,7 @@ class SpeculativeDecoder(Rows):
             sampling,
             criterion=criterion,
             policy=policy_for(weights, None, criterion, None),
-            draft_tokens=draft_tokens,
+            draft_tokens=min(draft_tokens, num_slots),
         )
         self.set_threshold(stop_confidence)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ class DecoderState:
     states: [B, S, D], the exit state of every token so far.
     new_tokens: numpy int64 [B or B * draft_tokens, 4]: row, token and exit layer of each new token;
     its confidence is in new_confidence[:, 3], the same memory as float64.
+    names, entries: what the table was made from, and points to.
     """
 
     def __init__(
@@ -61,10 +62,10 @@ class DecoderState:
         self.new_tokens = np.zeros((num_rows * max(1, draft_tokens), 4), np.int64)
         self.new_confidence = self.new_tokens.view(np.float64)
         self._counts = np.zeros(len(fields(Counts)), np.int64)
-        self._held: list[_Entry] = []  # what the table points to
+        self._weights = weights  # the layer tables point to it
         self.table = self._table(
             self._sizes(weights, num_rows, num_slots)
-            | _options(criterion, policy, sampling, draft_tokens)
+            | _options(weights, criterion, policy, sampling, draft_tokens)
             | _addresses(weights)
             | self._caches(weights, num_rows, num_slots)
             | self._rows(num_rows, sampling)
@@ -78,6 +79,9 @@ class DecoderState:
                 "counts": self._counts,
             }
         )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("DecoderState: must not be copied, since it holds addresses")
 
     @property
     def counts(self) -> Counts:
@@ -133,7 +137,7 @@ class DecoderState:
             "h": h,
             "workspace": like.new_empty(C * workspace_width(weights)),
             "exit_workspace": exit_decision_workspace(h, weights.head),
-            "logits": torch.empty(C, padded) if sampling.filters else None,
+            "logits": torch.empty(C, padded, dtype=torch.float32) if sampling.filters else None,
             "threshold": np.zeros(C, np.float32),
             "seed": np.zeros(C, np.int64),
             "offset": np.zeros(C, np.int64),
@@ -150,12 +154,12 @@ class DecoderState:
                 table.view(np.float64)[index] = entry
             else:
                 table[index] = entry if isinstance(entry, int) else _address(entry)
-        self._held = list(entries.values())
-        self.names = list(entries)
+        self.names, self.entries = list(entries), list(entries.values())
         return torch.from_numpy(table)
 
 
 def _options(
+    weights: DecoderWeights,
     criterion: Criterion | None,
     policy: KVPolicy,
     sampling: Sampling,
@@ -165,7 +169,7 @@ def _options(
         "criterion": (*get_args(Criterion), None).index(criterion),
         "policy": get_args(KVPolicy).index(policy),
         "draws": int(sampling.draws),
-        "top_k": sampling.top_k,
+        "top_k": min(sampling.top_k, weights.vocab_size),
         "top_p": float(sampling.top_p),
         "top_p_temperature": float(sampling.temperature),
         "draft_tokens": draft_tokens,

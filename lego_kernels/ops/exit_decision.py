@@ -32,7 +32,7 @@ class ExitDecision(NamedTuple):
 
     @classmethod
     def empty(cls, B: int, device: torch.device) -> "ExitDecision":
-        confidence, lse = (torch.empty(B, device=device) for _ in range(2))
+        confidence, lse = (torch.empty(B, dtype=torch.float32, device=device) for _ in range(2))
         token = torch.empty(B, dtype=torch.int64, device=device)
         return cls(token, confidence, lse, torch.empty(B, dtype=torch.bool, device=device))
 
@@ -181,7 +181,7 @@ def exit_decision(
 
 def exit_decision_workspace(h: Tensor, head: Tensor) -> Tensor:
     """Scratch for exit_decision on such tensors, or on any with fewer rows: float32 [size]."""
-    return torch.empty(_workspace_size(h, head), device=h.device)
+    return torch.empty(_workspace_size(h, head), dtype=torch.float32, device=h.device)
 
 
 def _workspace_size(h: Tensor, head: Tensor) -> int:
