@@ -1,4 +1,7 @@
-"""Checkpoint folders: config.json, model.safetensors, tokenizer.json, calibration.json."""
+"""Checkpoint folders: config.json, model.safetensors, tokenizer.json, calibration.json.
+
+`lego calibrate` adds certificate.json, see lego.certificate; a checkpoint saved anew has none.
+"""
 
 from __future__ import annotations
 

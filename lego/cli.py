@@ -1,7 +1,7 @@
-"""`lego run | train | evaluate | generate | doctor`: arguments in, exit code out.
+"""The `lego` command: arguments in, exit code out.
 
 Results go to stdout, progress to stderr under --json. A mistake of the user's, or of the disk's, is
-one line on stderr and exit code 2.
+one line on stderr and exit code 2. Where no threshold can be certified, `calibrate` returns 1.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import torch
 import tyro
 from rich.console import Console
 
-from lego import commands
+from lego import certify, commands
+from lego.certify import Calibrate
 from lego.commands import Generate
 from lego.config import PRESETS, ExperimentConfig
 from lego.doctor import diagnose, print_diagnosis
 from lego.files import to_json
+from lego.report.page import Report, write_report
 
 Preset = Literal["quick", "seed", "wide"]
 
@@ -103,7 +105,7 @@ def run_command(args: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parse(args: list[str]) -> Run | Train | Evaluate | Generate | Doctor:
+def _parse(args: list[str]) -> Run | Train | Evaluate | Calibrate | Generate | Report | Doctor:
     start = _preset(args)
     config = PRESETS.get(start, PRESETS["quick"])
     run = Run(config=config)
@@ -111,7 +113,9 @@ def _parse(args: list[str]) -> Run | Train | Evaluate | Generate | Doctor:
         Annotated[Run, tyro.conf.subcommand("run", default=run)]
         | Annotated[Train, tyro.conf.subcommand("train", default=Train(config=config))]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
         | Annotated[Generate, tyro.conf.subcommand("generate")]
+        | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     )
     options = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes)
@@ -134,7 +138,7 @@ def _preset(args: list[str]) -> str:
     return "quick"
 
 
-def _run(command: Run | Train | Evaluate | Generate | Doctor) -> int:
+def _run(command: Run | Train | Evaluate | Calibrate | Generate | Report | Doctor) -> int:
     if isinstance(command, Doctor):
         return print_diagnosis(diagnose(), json=command.json)
     console = Console(stderr=command.json, soft_wrap=True)
@@ -147,8 +151,12 @@ def _run(command: Run | Train | Evaluate | Generate | Doctor) -> int:
             found = commands.run(command.config, command.folder, console)
     elif isinstance(command, Evaluate):
         found = commands.evaluate(command.run, command.shallow_ratio, console)
+    elif isinstance(command, Calibrate):
+        found = certify.calibrate(command, console)
+    elif isinstance(command, Report):
+        found = write_report(command, console)
     else:
         found = commands.generate_text(command, console)
     if command.json:
         print(to_json(found), end="")
-    return 0
+    return int(isinstance(command, Calibrate) and found["threshold"] is None)

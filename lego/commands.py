@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lego.calibration import calibrate_by_quantile
+from lego.certify import certified_exit
 from lego.checkpoint import Checkpoint, load_checkpoint
 from lego.config import Criterion, ExperimentConfig, KVPolicy
 from lego.data import Corpus
@@ -22,14 +23,10 @@ from lego.files import write_text
 from lego.generation import Engine, EngineName, GeneratedToken, ReferenceEngine, generate
 from lego.plots import save_plots
 from lego.run_folder import RunFolder
+from lego.sample import sample_run
 from lego.sampling import Sampling
 from lego.strategies import EarlyExit, FullDepth, Speculative, Strategy, Uncached
 from lego.terminal import ShadedText, TrainingDisplay, legend, print_evaluation, print_results
-from lego.timed_generation import prompt_windows
-
-# the sample at the end of a run
-_SAMPLE_TOKENS = 96
-_SAMPLING = Sampling(temperature=0.7, top_p=0.95, seed=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +40,8 @@ class Generate:
             from drafts of the lower layers, uncached also recomputes the past.
         max_new_tokens: Tokens to generate at most; the end-of-text token stops earlier.
         criterion: Confidence measure of early-exit and speculative; the run's own if None.
-        threshold: Exit at this confidence or above; the calibrated one if None.
+        threshold: Exit at this confidence or above; the one that reaches the run's shallow ratio
+            if None; `certified` is that of `lego calibrate`, for greedy early-exit.
         kv_policy: What an exited token leaves in the upper caches; the run's own if None.
         draft_tokens: Tokens that speculative drafts at most before it verifies them.
         stop_confidence: speculative drafts no further below this confidence.
@@ -63,7 +61,7 @@ class Generate:
     mode: Literal["early-exit", "full", "speculative", "uncached"] = "early-exit"
     max_new_tokens: int = 64
     criterion: Criterion | None = None
-    threshold: float | None = None
+    threshold: float | Literal["certified"] | None = None
     kv_policy: KVPolicy | None = None
     draft_tokens: int = 4
     stop_confidence: float = 0.5
@@ -208,12 +206,25 @@ def generate_text(options: Generate, console: Console) -> dict[str, Any]:
 
 
 def _strategy(options: Generate, checkpoint: Checkpoint) -> Strategy:
+    threshold = options.threshold
+    if isinstance(threshold, str):
+        if options.mode != "early-exit":
+            raise ValueError(
+                f"generate: --threshold certified must come with early-exit, got {options.mode}"
+            )
+        return certified_exit(
+            RunFolder(options.run).checkpoint,
+            criterion=options.criterion,
+            kv_policy=options.kv_policy,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+        )
     if options.mode == "uncached":
         return Uncached()
     if options.mode == "full":
         return FullDepth()
     exit_config = RunFolder(options.run).config().exit
-    criterion, threshold = options.criterion or exit_config.criterion, options.threshold
+    criterion = options.criterion or exit_config.criterion
     if options.mode == "speculative":
         return Speculative(
             draft_tokens=options.draft_tokens,
@@ -233,27 +244,15 @@ def _strategy(options: Generate, checkpoint: Checkpoint) -> Strategy:
 
 
 def _sample(outcome: Outcome, corpus: Corpus, config: ExperimentConfig) -> tuple[Text, str]:
-    """A sampled continuation of validation text: shaded, and plain with deep tokens in brackets."""
-    checkpoint = outcome.checkpoint
-    model, tokenizer = checkpoint.model, checkpoint.tokenizer
-    (prompt,) = prompt_windows(corpus.validation, 1, config.timing.prompt_tokens)
-    num_tokens = min(_SAMPLE_TOKENS, model.config.max_seq_len - len(prompt))
-    shaded = ShadedText(tokenizer, model.config.num_layers, prompt.tolist())
-    pieces = [Text(tokenizer.decode(prompt.tolist()), "dim")]
+    """The run's sample: shaded, and plain with deep tokens in brackets."""
+    tokenizer, model_config = outcome.checkpoint.tokenizer, outcome.checkpoint.model.config
+    prompt, tokens = sample_run(outcome.checkpoint, corpus, config, outcome.results)
+    shaded = ShadedText(tokenizer, model_config.num_layers, prompt)
+    pieces = [Text(tokenizer.decode(prompt), "dim")]
     plain = [pieces[0].plain]
-
-    def collect(new: GeneratedToken) -> None:
-        piece = shaded.piece(new)
-        pieces.append(piece)
-        deep = piece.plain and new.exit_layer == model.config.num_layers
+    for new in tokens:
+        pieces.append(piece := shaded.piece(new))
+        deep = piece.plain and new.exit_layer == model_config.num_layers
         plain.append(f"[{piece.plain}]" if deep else piece.plain)
-
-    strategy = EarlyExit(
-        threshold=outcome.results["threshold"],
-        criterion=outcome.results["criterion"],
-        kv_policy=outcome.results["kv_policy"],
-    )
-    generate(model, [prompt], num_tokens, strategy, sampling=_SAMPLING, streamer=collect)
-    key = legend(model.config.exit_layer, model.config.num_layers)
-    shaded_text = Text.assemble(*pieces, "\n", key)
-    return shaded_text, "".join(plain) + "\n"
+    key = legend(model_config.exit_layer, model_config.num_layers)
+    return Text.assemble(*pieces, "\n", key), "".join(plain) + "\n"
