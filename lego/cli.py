@@ -23,6 +23,8 @@ from lego.commands import Generate
 from lego.config import PRESETS, ExperimentConfig
 from lego.doctor import diagnose, print_diagnosis
 from lego.files import to_json
+from lego.frontier import FrontierOptions
+from lego.frontier_command import evaluate_frontier
 from lego.report.page import Report, write_report
 
 Preset = Literal["quick", "seed", "wide"]
@@ -69,11 +71,21 @@ class Evaluate:
         run: Folder of the run.
         json: Print JSON to stdout and nothing else.
         shallow_ratio: Share of the calibration tokens that shall exit; as in training if None.
+        frontier: Measure quality, cost and time of every criterion and KV policy at some shallow
+            ratios, beside the dense baselines: minutes. Writes frontier.json and frontier.svg.
+        ratios: The shallow ratios of --frontier.
+        risks: Shares of calibration tokens that may leave with another token than full depth's:
+            --frontier compares the criteria there.
+        windows: Validation windows that --frontier scores; its intervals are over windows.
     """
 
     run: tyro.conf.Positional[Path]
     json: bool = False
     shallow_ratio: float | None = None
+    frontier: bool = False
+    ratios: tuple[float, ...] = FrontierOptions().ratios
+    risks: tuple[float, ...] = FrontierOptions().risks
+    windows: int = FrontierOptions().num_windows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +161,13 @@ def _run(command: Run | Train | Evaluate | Calibrate | Generate | Report | Docto
             found = commands.train(command.config, command.folder, console)
         else:
             found = commands.run(command.config, command.folder, console)
+    elif isinstance(command, Evaluate) and command.frontier:
+        if command.shallow_ratio is not None:
+            raise ValueError("evaluate: --frontier must come with --ratios, got --shallow-ratio")
+        options = FrontierOptions(
+            ratios=command.ratios, risks=command.risks, num_windows=command.windows
+        )
+        found = evaluate_frontier(command.run, options, console)
     elif isinstance(command, Evaluate):
         found = commands.evaluate(command.run, command.shallow_ratio, console)
     elif isinstance(command, Calibrate):

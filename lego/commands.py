@@ -15,6 +15,7 @@ from lego.calibration import calibrate_by_quantile
 from lego.certify import certified_exit
 from lego.checkpoint import Checkpoint, load_checkpoint
 from lego.config import Criterion, ExperimentConfig, KVPolicy
+from lego.controller import Controller, Held
 from lego.data import Corpus
 from lego.environment import environment
 from lego.evaluation import quality, score_tokens
@@ -42,6 +43,10 @@ class Generate:
         criterion: Confidence measure of early-exit and speculative; the run's own if None.
         threshold: Exit at this confidence or above; the one that reaches the run's shallow ratio
             if None; `certified` is that of `lego calibrate`, for greedy early-exit.
+        hold_shallow_ratio: Move the threshold after every token of early-exit, so that this share
+            exits; it starts at `threshold`.
+        hold_disagreement: The same for the share of tokens that are not full depth's, estimated by
+            running the upper block on a tenth of the exits.
         kv_policy: What an exited token leaves in the upper caches; the run's own if None.
         draft_tokens: Tokens that speculative drafts at most before it verifies them.
         stop_confidence: speculative drafts no further below this confidence.
@@ -62,6 +67,8 @@ class Generate:
     max_new_tokens: int = 64
     criterion: Criterion | None = None
     threshold: float | Literal["certified"] | None = None
+    hold_shallow_ratio: float | None = None
+    hold_disagreement: float | None = None
     kv_policy: KVPolicy | None = None
     draft_tokens: int = 4
     stop_confidence: float = 0.5
@@ -167,6 +174,7 @@ def generate_text(options: Generate, console: Console) -> dict[str, Any]:
     if options.stream and not options.json:
         console.print(pieces[0], end="")
     strategy = _strategy(options, checkpoint)
+    controller = _controller(options, strategy)
     engine: Engine = ReferenceEngine(model)
     if options.engine != "reference":
         from lego.engine import engine_for
@@ -186,6 +194,7 @@ def generate_text(options: Generate, console: Console) -> dict[str, Any]:
         stop_tokens=[tokenizer.end_of_text_id],
         streamer=show,
         engine=engine,
+        controller=controller,
     )
     if not options.json:
         console.print(Text("") if options.stream else Text.assemble(*pieces))
@@ -194,6 +203,14 @@ def generate_text(options: Generate, console: Console) -> dict[str, Any]:
     if options.show_exits:
         console.print(legend(model.config.exit_layer, model.config.num_layers))
         console.print(f"{shallow} of {len(depths)} tokens exited", highlight=False, markup=False)
+    control = output.control[0] if output.control else None
+    if controller is not None and control is not None:
+        held = controller.held.replace("_", " ")
+        console.print(
+            f"held {held} at {control.loss:.3f} for a target of {controller.target}, by thresholds "
+            f"from {control.lowest:.3f} to {control.highest:.3f}; {control.probes} probes",
+            highlight=False,
+        )
     return {
         "text": tokenizer.decode(tokens),
         "tokens": tokens,
@@ -202,7 +219,31 @@ def generate_text(options: Generate, console: Console) -> dict[str, Any]:
         "shallow_tokens": shallow,
         "engine": "reference" if isinstance(engine, ReferenceEngine) else "native",
         "stats": asdict(output.stats),
+        "control": control and asdict(control) | {"loss": control.loss},
     }
+
+
+def _controller(options: Generate, strategy: Strategy) -> Controller | None:
+    targets: dict[Held, float | None] = {
+        "shallow_ratio": options.hold_shallow_ratio,
+        "disagreement": options.hold_disagreement,
+    }
+    given = {held: target for held, target in targets.items() if target is not None}
+    if not given:
+        return None
+    if len(given) > 1:
+        raise ValueError(
+            "generate: one target must be held, got --hold-shallow-ratio and --hold-disagreement"
+        )
+    if options.threshold == "certified":
+        raise ValueError("generate: a certified threshold must stay as it is, got a target to hold")
+    if not isinstance(strategy, EarlyExit):
+        raise ValueError(
+            f"generate: a target to hold must come with early-exit, got {options.mode}"
+        )
+    ((held, target),) = given.items()
+    start = min(max(strategy.threshold, 0.0), 1.0)
+    return Controller(held=held, target=target, start=start, seed=options.seed)
 
 
 def _strategy(options: Generate, checkpoint: Checkpoint) -> Strategy:

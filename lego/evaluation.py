@@ -1,12 +1,12 @@
 """Quality: both exits scored on the same tokens, alone and routed by confidence."""
 
-# Shape letters: B = windows, T = tokens, N = scored tokens.
+# Shape letters: B, W = windows, T = tokens, N = scored tokens.
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ class TokenScores:
     nll_deep: Tensor
     correct_shallow: Tensor  # the most likely token is the target
     correct_deep: Tensor
+    agree: Tensor  # the most likely tokens of both exits are the same
     confidence: dict[Criterion, Tensor]  # empty for a dense model
 
 
@@ -50,16 +51,21 @@ class Quality:
 
 
 @torch.no_grad()
-def score_tokens(model: LegoModel, split: TokenSplit, seq_len: int) -> TokenScores:
-    """Score all windows of the split in parallel: non-overlapping, each with its own context.
+def score_tokens(
+    model: LegoModel, split: TokenSplit, seq_len: int, place_W: Tensor | None = None
+) -> TokenScores:
+    """Score windows of the split in parallel: non-overlapping, each with its own context.
 
-    Raises: ValueError if the split holds less than one window of seq_len.
+    place_W says which, int64 [W], W >= 1; all by default.
+    Raises: ValueError if the split holds less than one window of seq_len, or not one of place_W.
     """
+    total = num_windows(split.ids, seq_len)
+    place_W = torch.arange(total) if place_W is None else place_W
     # a dense model has nothing to decide
     criteria: tuple[Criterion, ...] = get_args(Criterion) if model.upper else ()
     batch_size = max(1, _MAX_LOGITS // (seq_len * model.config.vocab_size))
     parts: dict[str, list[Tensor]] = {}
-    for index in torch.arange(num_windows(split.ids, seq_len)).split(batch_size):
+    for index in place_W.split(batch_size):
         ids = window_batch(split.ids, seq_len, index).to(model.device)
         target_N = ids[:, 1:].flatten()
         states = model(ids[:, :-1])
@@ -68,11 +74,13 @@ def score_tokens(model: LegoModel, split: TokenSplit, seq_len: int) -> TokenScor
         deep_NV = shallow_NV
         if model.upper:
             deep_NV = model.final_logits(states.final_state.flatten(0, 1)).float()
+        top_shallow_N, top_deep_N = shallow_NV.argmax(-1), deep_NV.argmax(-1)
         scores = {
             "nll_shallow": F.cross_entropy(shallow_NV, target_N, reduction="none"),
             "nll_deep": F.cross_entropy(deep_NV, target_N, reduction="none"),
-            "correct_shallow": shallow_NV.argmax(-1) == target_N,
-            "correct_deep": deep_NV.argmax(-1) == target_N,
+            "correct_shallow": top_shallow_N == target_N,
+            "correct_deep": top_deep_N == target_N,
+            "agree": top_shallow_N == top_deep_N,
         }
         for criterion in criteria:
             scores[criterion] = (
@@ -120,13 +128,17 @@ def _exp(nats: float) -> float:
     return math.exp(nats) if nats < 700 else math.inf
 
 
+class Stepwise(NamedTuple):
+    """What teacher-forced decoding yields for every step, [B, T]."""
+
+    nll: Tensor  # nats, float32
+    token: Tensor  # the most likely one, int64
+    exit_layer: Tensor  # layers run before the token was chosen, int64
+
+
 @torch.no_grad()
-def stepwise_nll(
-    model: LegoModel,
-    windows: Tensor,
-    strategy: EarlyExit,
-) -> tuple[Tensor, Tensor]:
-    """Teacher-forced decoding, one step a token: (nll [B, T], exit layer [B, T]).
+def stepwise(model: LegoModel, windows: Tensor, strategy: EarlyExit) -> Stepwise:
+    """Teacher-forced decoding, one step a token.
 
     windows is int64 [B, T + 1]. Every step decides and caches as generation does, then takes the
     next id of the window instead of the predicted one. The first id of a window is the prompt.
@@ -134,9 +146,17 @@ def stepwise_nll(
     num_rows, num_steps = windows.size(0), windows.size(1) - 1
     windows = windows.to(model.device)
     decoder = CachedDecoder(model, strategy, num_rows, num_steps)
-    nll, depth = [], []
+    nll, token, depth = [], [], []
     for t in range(num_steps):
         step = decoder.step(windows[:, t])
         nll.append(F.cross_entropy(step.logits_BV.float(), windows[:, t + 1], reduction="none"))
+        token.append(step.logits_BV.argmax(-1))
         depth.append(torch.tensor(step.exit_layer))
-    return torch.stack(nll, dim=1).cpu(), torch.stack(depth, dim=1)
+    joined = (torch.stack(steps, dim=1).cpu() for steps in (nll, token, depth))
+    return Stepwise(*joined)
+
+
+def stepwise_nll(model: LegoModel, windows: Tensor, strategy: EarlyExit) -> tuple[Tensor, Tensor]:
+    """(nll [B, T], exit layer [B, T]) of `stepwise`."""
+    found = stepwise(model, windows, strategy)
+    return found.nll, found.exit_layer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from lego.experiment import Outcome
 from lego.training.loop import Evaluation
 
 _SIZE = (6.4, 4.0)  # inches
+_POLICY_LINES = {"exact": "-", "recompute": "-", "propagate": "--", "hole": ":"}
 _SWEEP = np.linspace(0, 1, 41)  # shallow ratios of the cost plot
 
 
@@ -88,6 +89,58 @@ def plot_cost(scores: TokenScores, config: ModelConfig, results: Mapping[str, An
     axes.set_title("Quality against cost (dots: calibrated thresholds)")
     axes.legend()
     return figure
+
+
+def save_frontier(found: Mapping[str, Any], folder: Path) -> None:
+    """Write frontier.svg from what frontier.json holds."""
+    with matplotlib.rc_context({"svg.fonttype": "none", "axes.spines.top": False}):
+        plot_frontier(found).savefig(folder / "frontier.svg")
+
+
+def plot_frontier(found: Mapping[str, Any]) -> Figure:
+    """Bits per byte of every setting against time, and against true cost, with the dense models."""
+    figure = Figure(figsize=(2 * _SIZE[0], _SIZE[1]), layout="constrained")
+    sides = zip(
+        figure.subplots(1, 2, sharey=True),
+        ("ms_per_token", "true_cost"),
+        ("ms per token", "true cost (full depth = 1)"),
+        strict=True,
+    )
+    for axes, key, x_label in sides:
+        axes.set_xlabel(x_label)
+        axes.grid(alpha=0.3)
+        for (criterion, policy), rows in _curves(found["settings"]).items():
+            axes.plot(
+                [row["generation"][key] for row in rows],
+                [row["bits_per_byte"] for row in rows],
+                color=f"C{list(found['criteria']).index(criterion)}",
+                linestyle=_POLICY_LINES[policy],
+                marker=".",
+                label=f"{criterion}, {policy}",
+            )
+        for (name, model), marker in zip(found["models"].items(), "*sD", strict=True):
+            axes.plot(
+                model[key],
+                model["bits_per_byte"],
+                marker=marker,
+                color="black",
+                linestyle="none",
+                label=f"{name.replace('_', '-')} ({model['num_layers']} layers)",
+            )
+        axes.set_ylabel("bits per byte")
+    figure.suptitle("Quality against time, and against bytes read (generation at equal exit rates)")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    return figure
+
+
+def _curves(
+    settings: Sequence[Mapping[str, Any]],
+) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
+    """Settings by criterion and KV policy."""
+    curves: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for setting in settings:
+        curves.setdefault((setting["criterion"], setting["kv_policy"]), []).append(setting)
+    return curves
 
 
 def new_axes(x_label: str, y_label: str) -> tuple[Figure, Any]:

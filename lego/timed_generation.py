@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -19,7 +19,7 @@ from lego.cost import (
 )
 from lego.counts import Counts
 from lego.data import TokenSplit, num_windows, window_batch
-from lego.generation import Engine, GenerationOutput, generate
+from lego.generation import Engine, GenerationOutput, ReferenceEngine, generate
 from lego.model import LegoModel
 from lego.strategies import Strategy
 from lego.timing import Spread, paired_seconds, ratio_spread
@@ -55,9 +55,12 @@ def time_generation(
     timing: TimingConfig,
     *,
     engines: Mapping[str, Engine] | None = None,
+    after_each: Callable[[], None] = lambda: None,
 ) -> TimedGeneration:
     """Generate greedily with every strategy in every round; by the reference unless engines say.
 
+    An engine generates with its own model, which may be another: a baseline beside `model`.
+    after_each is called num_strategies * (rounds + 1) times, outside of what is timed.
     Raises: ValueError if the split does not hold num_prompts prompts.
     """
     prompts = prompt_windows(split, timing.num_prompts, timing.prompt_tokens)
@@ -65,10 +68,12 @@ def time_generation(
     by = engines or {}
 
     def run(name: str) -> float:
+        engine = by.get(name, ReferenceEngine(model))
         outputs[name] = [
-            generate(model, [prompt], timing.new_tokens, strategies[name], engine=by.get(name))
+            generate(engine.model, [prompt], timing.new_tokens, strategies[name], engine=engine)
             for prompt in prompts
         ]
+        after_each()
         return sum(output.stats.decode_seconds for output in outputs[name])
 
     with num_threads(timing.num_threads):

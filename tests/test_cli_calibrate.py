@@ -160,6 +160,8 @@ def test_generate_with_it(run, capsys):
         assert generate(capsys, run, *certified) == wanted
     default = generate(capsys, run, "--max-new-tokens", 6)
     assert default[1] != wanted[1], "a test that another threshold passes, too"
+    held = ("--max-new-tokens", 6, "--hold-shallow-ratio", "0.5")
+    refused_generation(capsys, run, held, "certified threshold must stay as it is", "to hold")
 
 
 def test_the_policy_is_the_certificates(tmp_path, own_run, capsys):

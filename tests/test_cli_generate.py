@@ -160,3 +160,46 @@ def test_exact_policy_needs_an_exit_state_model(capsys, own_run):
     assert run_command([*args, "--kv-policy", "exact"]) == 2
     out, err = capsys.readouterr()
     assert err.startswith("lego: ") and err.count("\n") == 1 and "got 'exact'" in err and not out
+
+
+@pytest.mark.parametrize("engine", ["native", "reference"])
+def test_generate_holds_a_target(capsys, engine):
+    """From whatever threshold, it goes up by the step for an exit and down for none."""
+    folder = finished_run()[0]
+    options = ("--max-new-tokens", "40", "--engine", engine, "--hold-shallow-ratio", "0.5")
+    for start in ("-inf", "0.5", "inf"):
+        found = json.loads(generate(capsys, folder, "--json", *options, "--threshold", start).out)
+        control = found["control"]
+        assert control["tokens"] == len(found["tokens"])
+        assert control["loss"] == control["shallow"] / control["tokens"]
+        assert control["shallow"] == found["shallow_tokens"]
+        first = min(max(float(start), 0.0), 1.0)
+        assert control["lowest"] <= first <= control["highest"]
+        if control["lowest"] > -0.029 and control["highest"] < 1.029:
+            moved = 0.03 * (control["shallow"] - 0.5 * control["tokens"])
+            assert control["threshold"] == pytest.approx(first + moved, abs=1e-5)
+    text = generate(capsys, folder, *options).out
+    assert "held shallow ratio at 0." in text and "for a target of 0.5" in text
+    probed = ("--hold-disagreement", "0.3", "--threshold", "0", "--engine", engine)
+    found = json.loads(generate(capsys, folder, "--json", "--max-new-tokens", "40", *probed).out)
+    assert found["control"]["probes"] > 0
+    assert json.loads(generate(capsys, folder, "--json").out)["control"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--hold-disagreement", "1.5"), "Controller.target: must be in [0, 1], got 1.5"),
+        (("--hold-shallow-ratio", "0.5", "--mode", "full"), "must come with early-exit, got full"),
+        (
+            ("--hold-shallow-ratio", "0.5", "--hold-disagreement", "0.1"),
+            "one target must be held, got --hold-shallow-ratio and --hold-disagreement",
+        ),
+    ],
+    ids=" ".join,
+)
+def test_generate_refuses_targets(capsys, options, message):
+    args = ["generate", str(finished_run()[0]), "--prompt", "ann sees", *options]
+    assert run_command(args) == 2
+    out, err = capsys.readouterr()
+    assert message in err and err.count("\n") == 1 and not out

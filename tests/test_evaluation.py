@@ -57,6 +57,7 @@ def test_scores_are_their_definition(upper_kv, variant):
         correct = getattr(scores, f"correct_{name}")
         assert correct.dtype == torch.bool
         assert torch.equal(correct, (top[name] == target).flatten())
+    assert torch.equal(scores.agree, (top["shallow"] == top["deep"]).flatten())
     assert list(scores.confidence) == list(CRITERIA)
     for criterion, got in scores.confidence.items():
         expected = confidence(model, states.exit_state, criterion).flatten()
@@ -70,6 +71,16 @@ def test_batches_do_not_matter(monkeypatch):
     other = score_tokens(model, split, SEQ_LEN)
     torch.testing.assert_close(one.nll_deep, other.nll_deep, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(one.confidence["margin"], other.confidence["margin"])
+
+
+def test_some_windows_alone():
+    model, split = tiny_model(), make_split()
+    every, some = score_tokens(model, split, SEQ_LEN), torch.tensor([4, 1])
+    scores = score_tokens(model, split, SEQ_LEN, some)
+    expected = every.nll_deep.view(-1, SEQ_LEN)[some].flatten()
+    torch.testing.assert_close(scores.nll_deep, expected, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="index must be in"):
+        score_tokens(model, split, SEQ_LEN, torch.tensor([6]))
 
 
 def test_a_dense_model_has_one_exit():
@@ -135,6 +146,7 @@ def handmade_scores():
         nll_deep=torch.tensor([10.0, 20.0, 30.0, 40.0]),
         correct_shallow=flags,
         correct_deep=~flags,
+        agree=flags,
         confidence={"max_prob": torch.tensor([0.5, 0.7, 0.2, math.nan])},
     )
 

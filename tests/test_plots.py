@@ -41,6 +41,7 @@ def scores():
         nll_deep=deep + 1,
         correct_shallow=correct,
         correct_deep=correct,
+        agree=correct,
         confidence=dict(zip(("max_prob", "gate"), confidence, strict=True)),
     )
 
