@@ -39,13 +39,15 @@ bench: install
 # a test compiles itself are left out, since the compilers leak and crash under ASan.
 SANITIZED := build/sanitize
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
+UNDER_ASAN = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 LEGO_BACKEND=native \
+	$(BIN)/pytest -q -s -o pythonpath="$(SANITIZED) ."
 sanitize: install
 	CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" $(BIN)/python setup.py -q build \
 		--build-lib=$(SANITIZED) --build-temp=$(SANITIZED).temp
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 LEGO_BACKEND=native \
-	$(BIN)/pytest -q -s -o pythonpath="$(SANITIZED) ." tests/ops \
+	$(UNDER_ASAN) tests/ops \
 		-k "(scalar or avx2 or avx512 or dispatched or threads) and not compile and not host"
+	$(UNDER_ASAN) tests/decoder
 
 install: $(STAMP)
 

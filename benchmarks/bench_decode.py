@@ -37,6 +37,8 @@ from lego.timing import paired_seconds, ratio_spread
 __all__ = ["measured", "one_thread"]
 
 ROUNDS = 9
+# the smaller the times, the more they vary
+SMALL_ROUNDS = 3 * ROUNDS
 RATIOS = (0.25, 0.5, 0.656, 0.9)
 SOURCE_RATIO = 0.656  # 21 of 32 tokens
 CONTEXTS = {
@@ -170,7 +172,7 @@ def test_no_exit(decode_case: Case, measured: Measure) -> None:
         "engine": Engine(model, len(prompt) + num_tokens),
     }
     assert never.run.tokens == runners["engine"](prompt, num_tokens).tokens
-    measured(lambda: {"rows": _race(runners, prompt, num_tokens, num_rounds=3 * ROUNDS)})
+    measured(lambda: {"rows": _race(runners, prompt, num_tokens, num_rounds=SMALL_ROUNDS)})
 
 
 def test_early_exit(decode_case: ExitCase, measured: Measure) -> None:
@@ -191,7 +193,8 @@ def test_early_exit(decode_case: ExitCase, measured: Measure) -> None:
 
     def work() -> dict[str, Any]:
         runners = {"full": full} | {name: exits.engine for name, exits in forced.items()}
-        seconds = _seconds(runners, prompt, num_tokens)
+        num_rounds = ROUNDS if shape == "smol" else SMALL_ROUNDS
+        seconds = _seconds(runners, prompt, num_tokens, num_rounds)
         rows = [
             {"exits": name, **savings(model, exits, full.counts, seconds["full"], seconds[name])}
             for name, exits in forced.items()

@@ -302,7 +302,7 @@ def _print_certificate(
         lines = _advice(certificate)
         lines += [f"The older certificate of {run} was removed."] * replaced
     else:
-        lines = _promise(certificate)
+        lines = promise(certificate)
         use = f"--threshold certified --max-new-tokens {certificate.max_new_tokens}"
         lines.append(f"Use it: lego generate {run} {use} --prompt TEXT")
     for line in lines:
@@ -334,7 +334,7 @@ def _table(certificate: Certificate) -> Table:
     return table
 
 
-def _promise(certificate: Certificate) -> list[str]:
+def promise(certificate: Certificate) -> list[str]:
     """What a certificate promises, in sentences."""
     found = certificate.certified
     if certificate.loss_bound is None:

@@ -297,8 +297,8 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
         nats, error = dense["lego_minus_dense_nats"], dense["standard_error"]
         alike = error is None or abs(nats) <= 2 * error
         quality = "as good as" if alike else "better than" if nats < 0 else "worse than"
-        cheaper = ours["true_cost"] < dense["true_cost"]
-        pays = cheaper and (alike or nats < 0)
+        costs = ours["true_cost"], dense["true_cost"]
+        pays = costs[0] < costs[1] if alike else nats < 0 and costs[0] <= costs[1]
         lines.append(
             f"LEGO by {name} {'pays' if pays else 'does not pay'} against "
             f"{baseline.replace('_', '-')}: {quality} it ({_number(ours['routed_ppl'])} against "

@@ -303,14 +303,14 @@ def test_source_and_comparison(tmp_path):
 
 def test_what_is_absent_is_said(page, run, tmp_path):
     folder = finished_run()[0]
-    assert "Frontier" not in page.text
+    assert f"lego evaluate {folder} --frontier" in page.text
     assert f"lego calibrate {folder}" in page.text
     (run / "frontier.json").write_text("[1, ")
     (run / "checkpoint" / "certificate.json").write_text("[]")
     (run / "checkpoint" / "model.safetensors").unlink()
     found = Page(report(run, out=tmp_path / "report.html")).text
-    assert f"Not shown: report: {run / 'frontier.json'} must be JSON" in found
-    assert "Not shown: report: certificate.json must hold an object, got []" in found
+    assert f"Not shown: report: {run / 'frontier.json'} must be as `lego evaluate" in found
+    assert "certificate.json must be as `lego calibrate` wrote it" in found
     assert found.count("model.safetensors must be whole and fit") == 2
 
 

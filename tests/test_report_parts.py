@@ -9,14 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from lego.certificate import load_certificate
+from lego.certify import promise
+from lego.cli import run_command
 from lego.evaluation import TokenScores
+from lego.frontier_command import frontier_verdict
 from lego.generation import GeneratedToken
 from lego.report import figures
 from lego.report.benchmarks import read_benchmarks
 from lego.report.cells import MISSING, Cell, change, dig, number, plain, significant, spread
+from lego.report.certificate import certificate_section
 from lego.report.confidence import NUM_BINS, confidence
 from lego.report.exit_map import exit_map, printable
-from lego.report.optional import certificate, estimate, frontier_points, frontier_table
+from lego.report.frontier import _share, frontier_section
 from lego.report.page import _run_page, render
 from lego.report.summary import measured, summarise
 from lego.run_folder import RunFolder
@@ -180,6 +185,7 @@ def test_histogram_holds_every_token():
         nll_deep=nll,
         correct_shallow=right,
         correct_deep=right,
+        agree=right,
         confidence={"gate": values},
     )
     found = confidence(scores, "gate", 0.75)
@@ -230,74 +236,90 @@ def test_savings_are_drawn_where_they_were_measured():
     assert figures.savings([]) is None
 
 
-POINT = {
-    "criterion": "gate",
-    "kv_policy": "exact",
-    "shallow_ratio": 0.5,
-    "bits_per_byte": [2.25, 2.0, 2.5],
-    "agreement": {"value": 0.9, "low": 0.85, "high": 0.95},
-    "true_cost": 0.8,
-    "tokens_per_second": 6500.0,
-    "tokens_per_second_interval": [6400.0, 6600.0],
-}
+@pytest.fixture(scope="module")
+def measured_run(tmp_path_factory):
+    """(folder, page) of a run with a frontier and a certificate."""
+    folder = Path(shutil.copytree(finished_run()[0], tmp_path_factory.mktemp("measured") / "run"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEGO_CACHE", str(finished_run()[2]))
+        frontier = ("--frontier", "--windows", "5", "--ratios", "0", "0.5", "--risks", "0.5")
+        assert run_command(["evaluate", str(folder), *frontier]) == 0
+        levels = ("--epsilon", "0.5", "--delta", "0.2", "--num-sequences", "30")
+        grid = ("--max-new-tokens", "6", "--grid", "0.05", "0.012")
+        assert run_command(["calibrate", str(folder), *levels, *grid]) == 0
+        run_page = _run_page(RunFolder(folder), RunFolder(folder).results())
+    return folder, Page(render([run_page], []))
 
 
-def test_frontier(run_page):
-    assert estimate(POINT, "bits_per_byte") == (2.25, 2.0, 2.5)
-    assert estimate(POINT, "agreement") == (0.9, 0.85, 0.95)
-    assert estimate(POINT, "tokens_per_second") == (6500, 6400, 6600)
-    assert estimate(POINT, "true_cost") == (0.8, None, None)
-    assert estimate(POINT, "threshold") is None
-    points = frontier_points({"points": [POINT, {"criterion": "margin", "true_cost": 0.7}]})
-    table = frontier_table(points)
-    first, second = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
-    assert first["agreement"] == (
-        f"90.0{NO_BREAK}% (85.0{NO_BREAK}% to 95.0{NO_BREAK}%)",
-        0.9,
-        False,
-    )
-    assert first["tokens/s"].text == "6,500 (6,400 to 6,600)"
-    assert second["bits per byte"] == Cell("not measured") and second["true cost"].value == 0.7
-    assert figures.frontier_series(points) == {
-        "gate, exact": [figures.Point(0.8, 2.25, None, (2.0, 2.5))]
-    }
+def rows_of(page, caption):
+    """(row heading, cells) of the only table of that caption."""
+    ((_, *rows),) = page.tables[caption]
+    return [(name, cells) for (name, _), *cells in rows]
 
 
-@pytest.mark.parametrize("found", [[], {}, 3, "x", [3], {"points": None}], ids=str)
-def test_bad_frontier(found):
-    with pytest.raises(ValueError, match="frontier.json"):
-        frontier_points(found)
+def test_frontier(measured_run):
+    """Every setting, criterion and break-even ratio of frontier.json, as it is there."""
+    folder, page = measured_run
+    found = json.loads((folder / "frontier.json").read_text())
+    rows = rows_of(page, "Every setting of the frontier")
+    assert len(rows) == len(found["settings"]) == 12
+    for (name, cells), setting in zip(rows, found["settings"], strict=True):
+        assert name == setting["criterion"] and cells[0][0] == setting["kv_policy"]
+        wanted = (
+            *(setting[key] for key in ("risk", "shallow_ratio", "bits_per_byte", "agreement")),
+            *(setting["generation"][k] for k in ("true_cost", "tokens_per_second", "speedup")),
+            setting["minus_dense_at_equal_cost"],
+        )
+        assert tuple(value for _, value in cells[1:]) == wanted
+        low, high = setting["bits_per_byte_interval"]
+        assert cells[3][0] == f"{setting['bits_per_byte']:.3f} ({low:.3f} to {high:.3f})"
+    criteria = rows_of(page, "Does the criterion know when both exits agree?")
+    assert [name for name, _ in criteria] == list(found["criteria"])
+    even = rows_of(page, "Shallow ratio from which early exit saves anything")
+    assert [name for name, _ in even] == [row["criterion"] for row in found["break_even"]]
+    for line in frontier_verdict(found):
+        assert " ".join(line.split()) in page.text
+    assert "Quality against cost, KV policy exact" in page.text
+    assert "--frontier" not in page.text
 
 
-def test_optional_files_are_shown(tmp_path, run_page):
-    """The page of a run that has a frontier and a certificate."""
+def test_share_of_break_even():
+    """Infinity, which JSON has as None, and what no share of tokens reaches."""
+    texts = [_share(value).text for value in (None, 1.2, 1.0, 0.0)]
+    assert texts == ["never", "never", f"100.0{NO_BREAK}%", f"0.0{NO_BREAK}%"]
 
-    folder = Path(shutil.copytree(finished_run()[0], tmp_path / "run"))
-    (folder / "frontier.json").write_text(json.dumps([POINT, POINT | {"true_cost": 0.9}]))
-    promise = {
-        "risk": "disagreement",
-        "epsilon": 0.1,
-        "delta": 0.05,
-        "n": 1234,
-        "threshold": 0.75,
-        "criterion": "gate",
-        "kv_policy": "exact",
-        "grid": [i / 100 for i in range(101)],
-    }
-    (folder / "checkpoint" / "certificate.json").write_text(json.dumps(promise))
-    page = Page(render([_run_page(RunFolder(folder), RunFolder(folder).results())], []))
-    assert page.tables["Every point of the frontier"][0][1][5] == (f"80.0{NO_BREAK}%", 0.8)
-    wanted = f"keeps the disagreement at most 0.1, with confidence 95.0{NO_BREAK}%, from 1,234"
-    assert " ".join(wanted.split()) in page.text
+
+def test_certificate(measured_run):
+    folder, page = measured_run
+    found = load_certificate(folder / "checkpoint")
+    for sentence in promise(found):
+        assert sentence in page.text
+    grid = rows_of(page, "Thresholds tested")
+    assert [float(name) for name, _ in grid] == [entry.threshold for entry in found.grid]
+    for (_, cells), entry in zip(grid, found.grid, strict=True):
+        numbers = (entry.shallow_ratio, entry.mean_risk, entry.p_value)
+        assert tuple(value for _, value in cells) == numbers
     entries = page.column("The certificate", "value")
-    assert entries["n"] == ("1,234", 1234) and entries["grid"][0] == "101 values, 0 to 1"
-    assert "lego calibrate" not in page.text and "--frontier" not in page.text
+    assert entries["sequences"] == ("30", 30) and entries["epsilon"] == ("0.5", 0.5)
+    assert entries["model SHA-256"][0] == found.model_sha256
+    assert "lego calibrate" not in page.text
 
 
-def test_certificate_of_nothing():
-    found = certificate({"risk": "disagreement", "epsilon": 0.1, "delta": 0.05, "threshold": None})
-    assert found.sentence.startswith("No threshold was certified to keep the disagreement at most")
-    assert certificate({"epsilon": "x"}).sentence == ""
+def test_certificate_of_another_model(measured_run, tmp_path):
+    folder = Path(shutil.copytree(measured_run[0], tmp_path / "run"))
+    config = folder / "checkpoint" / "config.json"
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(ValueError, match="must be of this model"):
+        certificate_section(folder / "checkpoint")
+
+
+@pytest.mark.parametrize("found", [[], {}, 3, "x", {"settings": []}, {"settings": [{}]}], ids=str)
+def test_bad_frontier(tmp_path, found):
+    path = tmp_path / "frontier.json"
+    assert frontier_section(path) is None
+    path.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match="must be as `lego evaluate --frontier` wrote it"):
+        frontier_section(path)
 
 
 def test_benchmarks_of_this_repository():

@@ -11,7 +11,6 @@ from matplotlib.ticker import MaxNLocator
 
 from lego.report.cells import dig, is_number
 from lego.report.confidence import NUM_BINS, Confidence
-from lego.report.optional import estimate
 from lego.report.summary import Measured
 
 WIDTH = 480  # of every figure, in units of its viewBox: about a pixel
@@ -157,23 +156,6 @@ def baseline_points(results: Mapping[str, Any]) -> dict[str, list[Point]]:
     return points
 
 
-def frontier_series(points: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
-    """A line for each criterion and KV policy, from cheap to dear."""
-    lines: dict[str, list[Point]] = {}
-    for point in points:
-        cost, bits = estimate(point, "true_cost"), estimate(point, "bits_per_byte")
-        if cost is None or bits is None:
-            continue
-        policy = point.get("kv_policy")
-        name = str(point.get("criterion", "not named")) + (f", {policy}" if policy else "")
-        ranges = [
-            (e.low, e.high) if e.low is not None and e.high is not None else None
-            for e in (cost, bits)
-        ]
-        lines.setdefault(name, []).append(Point(cost.value, bits.value, *ranges))
-    return {name: sorted(line) for name, line in lines.items()}
-
-
 def scatter(lines: Mapping[str, Sequence[Point]]) -> Scatter | None:
     """Bits per byte against true cost; None if there is nothing to draw."""
     points = [point for line in lines.values() for point in line]
@@ -187,7 +169,7 @@ def scatter(lines: Mapping[str, Sequence[Point]]) -> Scatter | None:
     styles = cycle(_STYLES)
     series = []
     for name, line in lines.items():
-        dense = name.startswith("dense")
+        dense = name.startswith(("dense", "full depth"))
         marks = [
             Mark(
                 x=x(p.cost),

@@ -18,16 +18,11 @@ from lego.files import write_text
 from lego.report import figures
 from lego.report.benchmarks import BenchmarkFile, read_benchmarks
 from lego.report.cells import Cell, Row, Table, plain
+from lego.report.certificate import CertificateSection, certificate_section
 from lego.report.confidence import Confidence, confidence
 from lego.report.exit_map import ExitMap, exit_map
 from lego.report.experiments import generation_tables, no_native_engine, training_tables
-from lego.report.optional import (
-    Certificate,
-    certificate,
-    frontier_points,
-    frontier_table,
-    read_json,
-)
+from lego.report.frontier import FrontierSection, frontier_section
 from lego.report.summary import Measured, Summary, baseline_table, measured, summarise
 from lego.run_folder import RunFolder
 from lego.sample import SAMPLING, sample_run
@@ -75,9 +70,8 @@ class RunPage:
     baselines_figure: figures.Scatter | None
     variants: list[Variant]
     environment: Table
-    frontier: Table | None = None
-    frontier_figure: figures.Scatter | None = None
-    certificate: Certificate | None = None
+    frontier: FrontierSection | None = None
+    certificate: CertificateSection | None = None
     confidence: list[Confidence]
     exit_map: ExitMap | None = None
     absent: dict[str, str]
@@ -170,12 +164,11 @@ def _run_page(folder: RunFolder, results: dict[str, Any]) -> RunPage:
         absent=absent,
     )
     try:
-        page = _with_frontier(page, read_json(folder.path / "frontier.json"))
+        page = replace(page, frontier=frontier_section(folder.path / "frontier.json"))
     except ValueError as error:
         absent["frontier"] = str(error)
     try:
-        found = read_json(folder.checkpoint / "certificate.json")
-        page = replace(page, certificate=None if found is None else certificate(found))
+        page = replace(page, certificate=certificate_section(folder.checkpoint))
     except ValueError as error:
         absent["certificate"] = str(error)
     try:
@@ -203,20 +196,6 @@ def _variants(config: ExperimentConfig, results: dict[str, Any]) -> list[Variant
             )
         )
     return variants
-
-
-def _with_frontier(page: RunPage, found: Any) -> RunPage:
-    if found is None:
-        return page
-    points = frontier_points(found)
-    dense = {
-        name: line
-        for name, line in figures.baseline_points(page.results).items()
-        if name.startswith("dense")
-    }
-    lines = figures.frontier_series(points)
-    figure = figures.scatter(dense | lines) if lines else None
-    return replace(page, frontier=frontier_table(points), frontier_figure=figure)
 
 
 def _with_model(page: RunPage, folder: RunFolder) -> RunPage:

@@ -1,7 +1,8 @@
 """A step of a decoder on the CPU in one call, and the prompt before it.
 
-Native: csrc/cpu/decode_step.cpp. There is no plain torch form: `state` is a table of addresses, as
-lego_kernels.decoder.state makes it, and what these ops write to lies behind it.
+Native: csrc/cpu/decode_step.cpp. There is no plain torch form and no fake: `state` is a table of
+addresses, as lego_kernels.decoder.state makes it, and what these ops write to lies behind it. They
+trust it and the rows; the decoders check what people give them.
 """
 
 import torch
