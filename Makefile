@@ -10,7 +10,7 @@ $(shell mkdir -p .venv && { echo '$(TORCH)' | cmp -s - .venv/torch-wanted || ech
 BUILD_INPUTS := pyproject.toml setup.py $(shell find build_backend csrc -type f -not -name '*.pyc')
 CXX_FILES := $(shell find csrc -type f)
 
-.PHONY: demo test lint format bench sanitize clean install
+.PHONY: demo test test-hf lint format bench sanitize clean install
 
 demo: install
 	$(BIN)/lego run
@@ -18,6 +18,12 @@ demo: install
 # a file stays in one process, since its fixtures compile things
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile
+
+# the version in .venv, then the oldest in a folder of its own, put before it
+test-hf: install
+	$(BIN)/pytest -q tests/hf
+	$(BIN)/pip install --quiet --upgrade --target build/transformers-5.0 transformers==5.0.0
+	PYTHONPATH=build/transformers-5.0 $(BIN)/pytest -q tests/hf
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -17,7 +17,7 @@ from lego.calibration import Calibration
 from lego.config import ModelConfig
 from lego.files import replacing_folder
 from lego.model import LegoModel
-from lego.tokenizer import Tokenizer
+from lego.tokenizer import END_OF_TEXT, Tokenizer
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _TOKENIZER, _CALIBRATION = "tokenizer.json", "calibration.json"
@@ -34,6 +34,11 @@ class Checkpoint:
     calibration: Calibration | None = None
 
 
+def checkpoint_folder(path: Path) -> Path:
+    """The checkpoint of a run folder; `path` itself where it holds none, so may be one."""
+    return path / "checkpoint" if (path / "checkpoint").is_dir() else path
+
+
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write the folder `path`, all of it or nothing; an older checkpoint there is replaced.
 
@@ -46,7 +51,10 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     if model.config.tie_embeddings:
         del tensors["head.weight"]
     with replacing_folder(path) as folder:
-        _write_json(folder / _CONFIG, {"format": _FORMAT, "model": asdict(model.config)})
+        config: dict[str, Any] = {"format": _FORMAT, "model": asdict(model.config)}
+        if checkpoint.tokenizer.end_of_text != END_OF_TEXT:
+            config["end_of_text"] = checkpoint.tokenizer.end_of_text
+        _write_json(folder / _CONFIG, config)
         (folder / _WEIGHTS).write_bytes(save(tensors))
         checkpoint.tokenizer.save(folder / _TOKENIZER)
         if checkpoint.calibration is not None:
@@ -71,7 +79,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"load_checkpoint: {path / _CONFIG} must be whole, got {error}") from error
     _load_weights(model, path / _WEIGHTS)
-    tokenizer = Tokenizer.load(path / _TOKENIZER)
+    tokenizer = Tokenizer.load(path / _TOKENIZER, str(config.get("end_of_text", END_OF_TEXT)))
     if tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"load_checkpoint: {path / _TOKENIZER} must have {model.config.vocab_size} tokens, "

@@ -25,6 +25,7 @@ from lego.doctor import diagnose, print_diagnosis
 from lego.files import to_json
 from lego.frontier import FrontierOptions
 from lego.frontier_command import evaluate_frontier
+from lego.hf_checkpoint import Export, Import, export_checkpoint, import_checkpoint
 from lego.report.page import Report, write_report
 
 Preset = Literal["quick", "seed", "wide"]
@@ -99,6 +100,9 @@ class Doctor:
     json: bool = False
 
 
+Command = Run | Train | Evaluate | Calibrate | Generate | Export | Import | Report | Doctor
+
+
 def run_command(args: Sequence[str] | None = None) -> int:
     """Parse the arguments (sys.argv by default), run the command and return its exit code."""
     args = list(sys.argv[1:] if args is None else args)
@@ -117,7 +121,7 @@ def run_command(args: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parse(args: list[str]) -> Run | Train | Evaluate | Calibrate | Generate | Report | Doctor:
+def _parse(args: list[str]) -> Command:
     start = _preset(args)
     config = PRESETS.get(start, PRESETS["quick"])
     run = Run(config=config)
@@ -127,6 +131,8 @@ def _parse(args: list[str]) -> Run | Train | Evaluate | Calibrate | Generate | R
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
         | Annotated[Generate, tyro.conf.subcommand("generate")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
+        | Annotated[Import, tyro.conf.subcommand("import")]
         | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     )
@@ -150,7 +156,7 @@ def _preset(args: list[str]) -> str:
     return "quick"
 
 
-def _run(command: Run | Train | Evaluate | Calibrate | Generate | Report | Doctor) -> int:
+def _run(command: Command) -> int:
     if isinstance(command, Doctor):
         return print_diagnosis(diagnose(), json=command.json)
     console = Console(stderr=command.json, soft_wrap=True)
@@ -172,6 +178,10 @@ def _run(command: Run | Train | Evaluate | Calibrate | Generate | Report | Docto
         found = commands.evaluate(command.run, command.shallow_ratio, console)
     elif isinstance(command, Calibrate):
         found = certify.calibrate(command, console)
+    elif isinstance(command, Export):
+        found = export_checkpoint(command, console)
+    elif isinstance(command, Import):
+        found = import_checkpoint(command, console)
     elif isinstance(command, Report):
         found = write_report(command, console)
     else:

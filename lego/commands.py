@@ -13,8 +13,8 @@ from rich.text import Text
 
 from lego.calibration import calibrate_by_quantile
 from lego.certify import certified_exit
-from lego.checkpoint import Checkpoint, load_checkpoint
-from lego.config import Criterion, ExperimentConfig, KVPolicy
+from lego.checkpoint import Checkpoint, checkpoint_folder, load_checkpoint
+from lego.config import Criterion, ExitConfig, ExperimentConfig, KVPolicy
 from lego.controller import Controller, Held
 from lego.data import Corpus
 from lego.environment import environment
@@ -35,7 +35,7 @@ class Generate:
     """Continue a prompt with a trained run.
 
     Attributes:
-        run: Folder of the run.
+        run: Folder of the run, or of an imported checkpoint.
         prompt: Text to continue.
         mode: early-exit decides per token, full runs all layers, speculative gives the same tokens
             from drafts of the lower layers, uncached also recomputes the past.
@@ -157,7 +157,7 @@ def evaluate(path: Path, shallow_ratio: float | None, console: Console) -> dict[
 
 def generate_text(options: Generate, console: Console) -> dict[str, Any]:
     """`lego generate`: one continuation, with the layers that each token ran."""
-    checkpoint = load_checkpoint(RunFolder(options.run).checkpoint)
+    checkpoint = load_checkpoint(checkpoint_folder(options.run))
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     prompt = tokenizer.encode(options.prompt)
     if not prompt:
@@ -254,7 +254,7 @@ def _strategy(options: Generate, checkpoint: Checkpoint) -> Strategy:
                 f"generate: --threshold certified must come with early-exit, got {options.mode}"
             )
         return certified_exit(
-            RunFolder(options.run).checkpoint,
+            checkpoint_folder(options.run),
             criterion=options.criterion,
             kv_policy=options.kv_policy,
             max_new_tokens=options.max_new_tokens,
@@ -264,7 +264,7 @@ def _strategy(options: Generate, checkpoint: Checkpoint) -> Strategy:
         return Uncached()
     if options.mode == "full":
         return FullDepth()
-    exit_config = RunFolder(options.run).config().exit
+    exit_config = _exit_config(options.run)
     criterion = options.criterion or exit_config.criterion
     if options.mode == "speculative":
         return Speculative(
@@ -282,6 +282,11 @@ def _strategy(options: Generate, checkpoint: Checkpoint) -> Strategy:
         criterion=criterion,
         kv_policy=options.kv_policy or exit_config.kv_policy,
     )
+
+
+def _exit_config(run: Path) -> ExitConfig:
+    """The run's own; the defaults for an imported checkpoint, which comes from no run."""
+    return ExitConfig() if checkpoint_folder(run) == run else RunFolder(run).config().exit
 
 
 def _sample(outcome: Outcome, corpus: Corpus, config: ExperimentConfig) -> tuple[Text, str]:

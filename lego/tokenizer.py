@@ -27,14 +27,14 @@ class Tokenizer:
     tokenizer.json, which is one reason for this class; the other is `decode`, which shows every id.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        """Wrap a tokenizer of the library.
+    def __init__(self, backend: tokenizers.Tokenizer, end_of_text: str = END_OF_TEXT) -> None:
+        """Wrap a tokenizer of the library; only imported ones end texts with another token.
 
-        Raises: ValueError if it has no `<|endoftext|>` or its ids are not 0 .. vocab_size - 1.
+        Raises: ValueError if it has no `end_of_text` or its ids are not 0 .. vocab_size - 1.
         """
         ids = backend.get_vocab(with_added_tokens=True)
-        if END_OF_TEXT not in ids:
-            raise ValueError(f"Tokenizer: must have the token {END_OF_TEXT}, got {len(ids)} others")
+        if end_of_text not in ids:
+            raise ValueError(f"Tokenizer: must have the token {end_of_text}, got {len(ids)} others")
         if sorted(ids.values()) != list(range(len(ids))):
             top = max(ids.values())
             raise ValueError(
@@ -43,7 +43,8 @@ class Tokenizer:
         backend.encode_special_tokens = True
         self.backend = backend
         self.vocab_size = len(ids)
-        self.end_of_text_id = ids[END_OF_TEXT]
+        self.end_of_text = end_of_text
+        self.end_of_text_id = ids[end_of_text]
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, with no end-of-text id added."""
@@ -69,16 +70,17 @@ class Tokenizer:
         Path(path).write_text(self.backend.to_str(), encoding="utf-8")
 
     @classmethod
-    def load(cls, path: Path) -> Tokenizer:
+    def load(cls, path: Path, end_of_text: str = END_OF_TEXT) -> Tokenizer:
         """Read a tokenizer.json.
 
-        Raises: ValueError if the file is missing, damaged, or has no `<|endoftext|>`.
+        Raises: ValueError if the file is missing, damaged, or has no `end_of_text`.
         """
         if not Path(path).is_file():
             raise ValueError(f"tokenizer: file must exist, got {path}")
         try:
             # from_buffer raises ValueError where from_file raises a bare Exception
-            return cls(tokenizers.Tokenizer.from_buffer(Path(path).read_bytes()))
+            backend = tokenizers.Tokenizer.from_buffer(Path(path).read_bytes())
+            return cls(backend, end_of_text)
         except ValueError as error:
             raise ValueError(
                 f"tokenizer: must be a whole tokenizer.json, got {path} ({error})"

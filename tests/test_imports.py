@@ -33,6 +33,7 @@ LAYERS = {
         ("ops",),
         ("layers",),
         ("decoder",),
+        ("hf",),
     ),
 }
 MAY_IMPORT_KERNELS = {"lego.doctor", "lego.accelerate", "lego.engine"}
