@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from lego_kernels.decoder.checks import Criterion, KVPolicy
 from lego_kernels.decoder.decoder import Decoder
@@ -74,6 +74,11 @@ class Accelerated:
         self.memory: Memory = self._shared.memory
         self.kv_exact = strategy.kv_exact
 
+    @property
+    def shares_weights(self) -> bool:
+        """Whether the decoder reads the model's own parameters; else generate() raises."""
+        return self._shared is not None and self._shared.is_shared
+
     def undo(self) -> None:
         """Give the model parameters of its own again; a second call does nothing."""
         if self._shared is not None:
@@ -103,12 +108,17 @@ class Accelerated:
         """
         if self._shared is None:
             raise RuntimeError("generate: the acceleration must not be undone, got one that is")
-        self._shared.check_shared()
+        if not self.shares_weights:
+            raise RuntimeError(
+                "generate: the model must hold the parameters it was accelerated with, got others "
+                "(undo(), to() or an adapter replaces them), so accelerate it again"
+            )
         check_arguments(self._model, generation_config, arguments)
         ids = arguments.get("input_ids") if inputs is None else inputs
         if ids is not None:
             check_prompts(ids, arguments.get("attention_mask"))
-        return self._model.generate(
+        return GenerationMixin.generate(
+            self._model,
             inputs,
             generation_config=generation_config,
             stopping_criteria=stopping_criteria,

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 ARGUMENTS = (
     "inputs",
@@ -30,7 +30,8 @@ SETTINGS = (
     "top_k",
     "top_p",
 )
-# of beams, assistants, caches and compilation, which change nothing where those are not used
+# of beams, assistants, caches and compilation, which change nothing where those are not used, and
+# what our own classes have read before
 _IDLE = {
     "assistant_confidence_threshold",
     "assistant_lookbehind",
@@ -38,6 +39,7 @@ _IDLE = {
     "compile_config",
     "decoder_start_token_id",
     "disable_compile",
+    "early_exit",
     "early_stopping",
     "length_penalty",
     "max_cache_len",
@@ -72,7 +74,11 @@ def check_arguments(
     config: as passed to the call; settings come from arguments, then from it, then from the
     model's own. None of an argument or a setting is that it is not given.
     """
-    known = {*inspect.signature(model.generate).parameters, "tokenizer", "assistant_tokenizer"}
+    known = {
+        *inspect.signature(GenerationMixin.generate).parameters,
+        "tokenizer",
+        "assistant_tokenizer",
+    }
     known |= {*inspect.signature(model.forward).parameters} - {"kwargs"}
     settings = {*vars(GenerationConfig())}
     for name, value in arguments.items():

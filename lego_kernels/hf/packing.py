@@ -53,13 +53,10 @@ class SharedWeights:
                     parameter.data = parameter.data.clone()
         self._packed = []
 
-    def check_shared(self) -> None:
-        """Raise RuntimeError unless the model's parameters lie where the decoder reads them."""
-        if not self._packed or self._where() != self._places:
-            raise RuntimeError(
-                "generate: the model must hold the parameters it was accelerated with, got others "
-                "(undo(), to() or an adapter replaces them), so accelerate it again"
-            )
+    @property
+    def is_shared(self) -> bool:
+        """Whether the model's parameters lie where the decoder reads them."""
+        return bool(self._packed) and self._where() == self._places
 
     def _where(self) -> list[tuple[str, int]]:
         return [(name, p.data_ptr()) for name, p in self._model.named_parameters()]

@@ -21,6 +21,8 @@ FAMILIES = {
     Qwen2ForCausalLM: "qwen2",
     Qwen3ForCausalLM: "qwen3",
 }
+# subclasses of ours, which change generate() alone
+_OURS = "lego_kernels.hf.classes"
 # whose frequencies do not depend on how long a sequence is
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -30,15 +32,21 @@ def check_model(model: nn.Module) -> None:
 
     Raises: RuntimeError if the CPU kernels are not loaded or the model is in training mode.
     """
-    if type(model) not in FAMILIES:
+    family = _family(type(model))
+    if family is None:
         names = ", ".join(kind.__name__ for kind in FAMILIES)
         raise ValueError(f"accelerate: model must be one of {names}, got {type(model).__name__}")
     if missing := library.NOT_LOADED["CPU"]:
         raise RuntimeError(f"accelerate: the CPU kernels must be loaded, got {missing}")
     _check_config(model.config)
-    _check_modules(model, FAMILIES[type(model)])
+    _check_modules(model, family)
     _check_rotary(model)
     _check_parameters(model)
+
+
+def _family(kind: type) -> str | None:
+    kinds = kind.__mro__ if kind.__module__ == _OURS else (kind,)
+    return next((FAMILIES[each] for each in kinds if each in FAMILIES), None)
 
 
 def num_positions(config: PreTrainedConfig) -> int:
@@ -75,6 +83,7 @@ def _check_modules(model: PreTrainedModel, family: str) -> None:
         f"transformers.models.{family}.modeling_{family}",
         "transformers.activations",
         "torch.nn.modules.activation",
+        _OURS,
     )
     for name, module in model.named_modules():
         kind, name = type(module), name or "model"
