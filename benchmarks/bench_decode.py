@@ -18,7 +18,6 @@ from benchmarks.decode_cases import (
     Run,
     Runner,
     assert_greedy,
-    assert_varied,
     plain_reading,
     random_model,
     random_prompt,
@@ -27,6 +26,7 @@ from benchmarks.decode_cases import (
 )
 from benchmarks.forced_exits import ForcedExit, force_exit, savings
 from benchmarks.prefill import first_token, prefill_flops, reference_first_token
+from benchmarks.races import ROUNDS, SMALL_ROUNDS, check_tokens, race, race_seconds
 from benchmarks.tables import Measure, measured, milliseconds, one_thread
 from lego.config import Criterion, KVPolicy
 from lego.cost import elements_read
@@ -36,9 +36,6 @@ from lego.timing import paired_seconds, ratio_spread
 
 __all__ = ["measured", "one_thread"]
 
-ROUNDS = 9
-# the smaller the times, the more they vary
-SMALL_ROUNDS = 3 * ROUNDS
 RATIOS = (0.25, 0.5, 0.656, 0.9)
 SOURCE_RATIO = 0.656  # 21 of 32 tokens
 CONTEXTS = {
@@ -138,27 +135,30 @@ def test_full_depth(decode_case: Case, measured: Measure) -> None:
         "plain reading": plain_reading(num_bytes),
         "engine": engine,
     }
-    _check(model, prompt, {n: runners[n](prompt, num_tokens) for n in ("engine", "reference")})
-    measured(lambda: {"bytes": num_bytes, "rows": _race(runners, prompt, num_tokens)})
+    check_tokens(
+        model, prompt, {n: runners[n](prompt, num_tokens) for n in ("engine", "reference")}
+    )
+    measured(lambda: {"bytes": num_bytes, "rows": race(runners, prompt, num_tokens)})
 
 
 def test_rivals(decode_case: Case, measured: Measure, tmp_path: Any) -> None:
     """The engine, transformers and llama.cpp on the same weights."""
     pytest.importorskip("transformers")
     pytest.importorskip("llama_cpp")
-    from benchmarks.rivals import LlamaCpp, Transformers, rival_versions, write_gguf
+    from benchmarks.rivals import LlamaCpp, rival_versions, write_gguf
+    from benchmarks.stock_models import Generates, stock_model
 
     model, num_tokens = random_model(*decode_case, upper_kv="own"), TOKENS[decode_case.shape]
     prompt, path = random_prompt(model.config), tmp_path / "model.gguf"
     write_gguf(model, path)
     llama = LlamaCpp(path, model.config, len(prompt) + num_tokens)
     runners: dict[str, Runner] = {
-        "transformers": Transformers(model),
+        "transformers": Generates(stock_model(model), model.config.num_layers),
         "llama.cpp": llama,
         "engine": Engine(model, len(prompt) + num_tokens),
     }
-    _check(model, prompt, {name: run(prompt, num_tokens) for name, run in runners.items()})
-    measured(lambda: {"versions": rival_versions(), "rows": _race(runners, prompt, num_tokens)})
+    check_tokens(model, prompt, {name: run(prompt, num_tokens) for name, run in runners.items()})
+    measured(lambda: {"versions": rival_versions(), "rows": race(runners, prompt, num_tokens)})
     llama.close()
 
 
@@ -172,7 +172,7 @@ def test_no_exit(decode_case: Case, measured: Measure) -> None:
         "engine": Engine(model, len(prompt) + num_tokens),
     }
     assert never.run.tokens == runners["engine"](prompt, num_tokens).tokens
-    measured(lambda: {"rows": _race(runners, prompt, num_tokens, num_rounds=SMALL_ROUNDS)})
+    measured(lambda: {"rows": race(runners, prompt, num_tokens, num_rounds=SMALL_ROUNDS)})
 
 
 def test_early_exit(decode_case: ExitCase, measured: Measure) -> None:
@@ -189,12 +189,12 @@ def test_early_exit(decode_case: ExitCase, measured: Measure) -> None:
     for exits in forced.values():
         _check_exits(model, prompt, exits, policy)
     full = Engine(model, len(prompt) + num_tokens)
-    _check(model, prompt, {"engine": full(prompt, num_tokens)})
+    check_tokens(model, prompt, {"engine": full(prompt, num_tokens)})
 
     def work() -> dict[str, Any]:
         runners = {"full": full} | {name: exits.engine for name, exits in forced.items()}
         num_rounds = ROUNDS if shape == "smol" else SMALL_ROUNDS
-        seconds = _seconds(runners, prompt, num_tokens, num_rounds)
+        seconds = race_seconds(runners, prompt, num_tokens, num_rounds)
         rows = [
             {"exits": name, **savings(model, exits, full.counts, seconds["full"], seconds[name])}
             for name, exits in forced.items()
@@ -230,7 +230,7 @@ def test_depth(decode_case: Case, measured: Measure) -> None:
         engine = Engine(model, len(prompt) + num_tokens)
         eager = reference(model, FullDepth())
         runs = {"engine": engine(prompt, num_tokens), "reference": eager(prompt, num_tokens)}
-        _check(model, prompt, runs)
+        check_tokens(model, prompt, runs)
         reading = plain_reading(_bytes_per_token(model, engine, runs["engine"]))
         for name, runner in (("engine", engine), ("reading", reading), ("reference", eager)):
             variants[f"{name} {depth}"] = timed(runner, prompt, num_tokens)
@@ -271,15 +271,6 @@ def test_prefill(decode_case: PrefillCase, measured: Measure) -> None:
     measured(work)
 
 
-def _check(model: LegoModel, prompt: torch.Tensor, runs: Mapping[str, Run]) -> None:
-    """All tokens alike in float32; in 16 bits each the best but for rounding."""
-    assert_varied(runs["engine"].tokens)
-    for name, run in runs.items():
-        if model.embedding.weight.dtype == torch.float32:
-            assert run == runs["engine"]._replace(seconds=run.seconds), name
-        assert_greedy(model, prompt, run)
-
-
 def _check_exits(
     model: LegoModel, prompt: torch.Tensor, exits: ForcedExit, policy: KVPolicy | None
 ) -> None:
@@ -296,37 +287,6 @@ def _check_exits(
 def _bytes_per_token(model: LegoModel, engine: Engine | EngineAt, run: Run) -> float:
     elements = elements_read(model.config, engine.counts) / (len(run.tokens) - 1)
     return elements * model.embedding.weight.element_size()
-
-
-def _seconds(
-    runners: Mapping[str, Runner],
-    prompt: torch.Tensor,
-    num_tokens: int,
-    num_rounds: int = ROUNDS,
-) -> dict[str, list[float]]:
-    variants = {name: timed(runner, prompt, num_tokens) for name, runner in runners.items()}
-    return paired_seconds(variants, num_rounds=num_rounds)
-
-
-def _race(
-    runners: Mapping[str, Runner],
-    prompt: torch.Tensor,
-    num_tokens: int,
-    num_rounds: int = ROUNDS,
-) -> list[dict[str, Any]]:
-    """Milliseconds a token of each, and how many times as long as the engine it takes."""
-    seconds = _seconds(runners, prompt, num_tokens, num_rounds)
-    rows = []
-    for name, taken in seconds.items():
-        ratio = ratio_spread(taken, seconds["engine"])
-        rows.append(
-            {
-                "variant": name,
-                "ms": milliseconds(taken),
-                "over_engine": [ratio.median, ratio.low, ratio.high],
-            }
-        )
-    return rows
 
 
 def _growth(

@@ -29,6 +29,7 @@ _rows: list[tuple[str, ...]] = []
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="every shape, not the usual ones alone")
+    parser.addoption("--run", help="a run folder, for what needs a trained model")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

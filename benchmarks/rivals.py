@@ -1,7 +1,4 @@
-"""Other decoders on the weights of a LegoModel: transformers and llama.cpp.
-
-The model must have upper_kv="own", no biases and no norms of queries and keys: then it is a Llama.
-"""
+"""llama.cpp on the weights of a LegoModel, which must be a Llama as stock_models.py has it."""
 
 from __future__ import annotations
 
@@ -18,94 +15,13 @@ import transformers
 from torch import Tensor
 
 from benchmarks.decode_cases import Run
+from lego.hf_format import to_hf_tensors
 from lego.model import LegoModel
 
 _GGML_TYPES = {
     torch.float32: gguf.GGMLQuantizationType.F32,
     torch.bfloat16: gguf.GGMLQuantizationType.BF16,
 }
-
-
-def llama_state(model: LegoModel) -> dict[str, Tensor]:
-    """The weights under the names of transformers' LlamaForCausalLM; the head is the embedding."""
-    config = model.config
-    widths = [n * config.head_dim for n in (config.num_heads, *[config.num_kv_heads] * 2)]
-    state = {
-        "model.embed_tokens.weight": model.embedding.weight,
-        "model.norm.weight": model.final_norm.weight,
-    }
-    for index, block in enumerate([*model.lower, *model.upper]):
-        layer = f"model.layers.{index}"
-        q, k, v = block.attention.in_proj.weight.split(widths)
-        gate, up = block.mlp.gate_up_proj.weight.chunk(2)
-        state |= {
-            f"{layer}.input_layernorm.weight": block.attention_norm.weight,
-            f"{layer}.self_attn.q_proj.weight": q,
-            f"{layer}.self_attn.k_proj.weight": k,
-            f"{layer}.self_attn.v_proj.weight": v,
-            f"{layer}.self_attn.o_proj.weight": block.attention.o_proj.weight,
-            f"{layer}.post_attention_layernorm.weight": block.mlp_norm.weight,
-            f"{layer}.mlp.gate_proj.weight": gate,
-            f"{layer}.mlp.up_proj.weight": up,
-            f"{layer}.mlp.down_proj.weight": block.mlp.down_proj.weight,
-        }
-    return state
-
-
-class Transformers:
-    """LlamaForCausalLM.generate, greedy, with its usual growing cache."""
-
-    def __init__(self, model: LegoModel) -> None:
-        config = model.config
-        self.model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                vocab_size=config.vocab_size,
-                hidden_size=config.dim,
-                intermediate_size=config.hidden_dim,
-                num_hidden_layers=config.num_layers,
-                num_attention_heads=config.num_heads,
-                num_key_value_heads=config.num_kv_heads,
-                max_position_embeddings=config.max_seq_len,
-                rms_norm_eps=config.norm_eps,
-                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-                tie_word_embeddings=True,
-                bos_token_id=None,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-        ).to(model.embedding.weight.dtype)
-        state = llama_state(model)
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-        self.model.load_state_dict(state)
-        self.model.eval()
-
-    def __call__(self, prompt: Tensor, num_tokens: int) -> Run:
-        clock = _Clock()
-        with torch.inference_mode():
-            out = self.model.generate(
-                prompt[None],
-                attention_mask=torch.ones_like(prompt)[None],
-                max_new_tokens=num_tokens,
-                do_sample=False,
-                streamer=clock,
-            )
-        _, *times = clock.times
-        tokens = out[0, len(prompt) :].tolist()
-        depth = [self.model.config.num_hidden_layers] * num_tokens
-        return Run(tokens, depth, (times[-1] - times[0]) / (num_tokens - 1))
-
-
-class _Clock:
-    """A streamer of transformers that notes when the prompt and each token come."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        self.times.append(perf_counter())
-
-    def end(self) -> None:
-        pass
 
 
 def write_gguf(model: LegoModel, path: Path) -> None:
@@ -124,7 +40,7 @@ def write_gguf(model: LegoModel, path: Path) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("no_vocab")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
-    for name, weight in llama_state(model).items():
+    for name, weight in to_hf_tensors(config, model.state_dict()).items():
         heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
         x = weight.float() if weight.dim() == 1 else weight
         x = x if heads is None else interleave_halves(x, heads)

@@ -146,18 +146,26 @@ def test_plots_hold_what_was_measured(tmp_path):
     ElementTree.parse(tmp_path / "a.svg")
 
 
-def test_rivals_have_the_same_logits(prompt, tmp_path):
-    pytest.importorskip("transformers")
-    pytest.importorskip("llama_cpp")
-    from benchmarks.rivals import LlamaCpp, Transformers, write_gguf
+def test_a_stock_model_has_the_same_logits(prompt):
+    pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[hf]'")
+    from benchmarks.stock_models import Generates, stock_model
+
+    model = tiny_model("own", dtype=torch.float32)
+    stock = stock_model(model)
+    with torch.no_grad():
+        expected = model.final_logits(model(prompt[None]).final_state)
+        torch.testing.assert_close(stock(prompt[None]).logits, expected)
+    theirs = Generates(stock, model.config.num_layers)(prompt, TOKENS)
+    assert theirs[:2] == Engine(model, 20)(prompt, TOKENS)[:2]
+
+
+def test_llama_cpp_gives_the_same_tokens(prompt, tmp_path):
+    pytest.importorskip("llama_cpp", reason="needs llama.cpp: pip install -e '.[rivals]'")
+    from benchmarks.rivals import LlamaCpp, write_gguf
 
     model = tiny_model("own", dtype=torch.float32)
     # llama.cpp asks for rows of whole blocks of 32 values in places
     write_gguf(model, tmp_path / "m.gguf")
-    llama, hf = LlamaCpp(tmp_path / "m.gguf", model.config, 32), Transformers(model)
-    with torch.no_grad():
-        expected = model.final_logits(model(prompt[None]).final_state)
-        torch.testing.assert_close(hf.model(prompt[None]).logits, expected)
-    ours = Engine(model, 20)(prompt, TOKENS)
-    assert hf(prompt, TOKENS)[:2] == ours[:2] == llama(prompt, TOKENS)[:2]
+    llama = LlamaCpp(tmp_path / "m.gguf", model.config, 32)
+    assert llama(prompt, TOKENS)[:2] == Engine(model, 20)(prompt, TOKENS)[:2]
     llama.close()
