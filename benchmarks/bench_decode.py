@@ -26,7 +26,7 @@ from benchmarks.decode_cases import (
 )
 from benchmarks.forced_exits import ForcedExit, force_exit, savings
 from benchmarks.prefill import first_token, prefill_flops, reference_first_token
-from benchmarks.races import ROUNDS, SMALL_ROUNDS, check_tokens, race, race_seconds
+from benchmarks.races import ROUNDS, MANY_ROUNDS, check_tokens, race, race_seconds
 from benchmarks.tables import Measure, measured, milliseconds, one_thread
 from lego.config import Criterion, KVPolicy
 from lego.cost import elements_read
@@ -172,7 +172,7 @@ def test_no_exit(decode_case: Case, measured: Measure) -> None:
         "engine": Engine(model, len(prompt) + num_tokens),
     }
     assert never.run.tokens == runners["engine"](prompt, num_tokens).tokens
-    measured(lambda: {"rows": race(runners, prompt, num_tokens, num_rounds=SMALL_ROUNDS)})
+    measured(lambda: {"rows": race(runners, prompt, num_tokens, num_rounds=MANY_ROUNDS)})
 
 
 def test_early_exit(decode_case: ExitCase, measured: Measure) -> None:
@@ -193,8 +193,7 @@ def test_early_exit(decode_case: ExitCase, measured: Measure) -> None:
 
     def work() -> dict[str, Any]:
         runners = {"full": full} | {name: exits.engine for name, exits in forced.items()}
-        num_rounds = ROUNDS if shape == "smol" else SMALL_ROUNDS
-        seconds = race_seconds(runners, prompt, num_tokens, num_rounds)
+        seconds = race_seconds(runners, prompt, num_tokens, MANY_ROUNDS)
         rows = [
             {"exits": name, **savings(model, exits, full.counts, seconds["full"], seconds[name])}
             for name, exits in forced.items()

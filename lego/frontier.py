@@ -221,7 +221,8 @@ def break_even_rows(
     """For each KV policy and criterion, the shallow ratio from which exits pay.
 
     `expected` follows from the weights alone, `counted` from the bytes and `measured` from the
-    seconds of generation over those of full depth: medians and quartiles of paired rounds.
+    seconds of generation over those of full depth: medians and quartiles of paired rounds. Where
+    exits pay at the lowest ratio measured already, it is that one, `lowest`.
     """
     groups: dict[tuple[KVPolicy, Criterion], list[int]] = {}
     for index, setting in enumerate(settings):
@@ -236,6 +237,7 @@ def break_even_rows(
                 "criterion": criterion,
                 "kv_policy": policy,
                 "expected": expected_break_even(config, criterion),
+                "lowest": min(ratios),
                 "counted": crossing(ratios, [each["true_cost"] for each in generated]),
                 "measured": crossing(ratios, [spread.median for spread in spreads]),
                 "measured_quartiles": [

@@ -212,13 +212,13 @@ def _break_even_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         *("criterion", "policy", "weights say", "bytes read say", "time says (quartiles)"),
     )
     for row in rows:
-        low, high = map(_ratio, row["measured_quartiles"])
+        low, high = (break_even_ratio(row, share) for share in row["measured_quartiles"])
         table.add_row(
             row["criterion"],
             row["kv_policy"],
-            _ratio(row["expected"]),
-            _ratio(row["counted"]),
-            f"{_ratio(row['measured'])} ({low} to {high})",
+            _percent(row["expected"]),
+            break_even_ratio(row, row["counted"]),
+            f"{break_even_ratio(row, row['measured'])} ({low} to {high})",
         )
     return table
 
@@ -254,6 +254,9 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _ratio(share: float | None) -> str:
-    """A share of tokens; inf, which JSON has as None, or above 1 is never."""
-    return "never" if share is None or share > 1 else _percent(share)
+def break_even_ratio(row: Mapping[str, Any], share: float | None) -> str:
+    """A share of tokens found for a row of break_even; inf, which JSON has as None, is never."""
+    if share is None or share > 1:
+        return "never"
+    # no lower one was measured
+    return f"<= {_percent(share)}" if 0 < share == row["lowest"] else _percent(share)

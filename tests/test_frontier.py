@@ -14,7 +14,7 @@ from lego.cost import elements_read
 from lego.data import Corpus, TokenSplit
 from lego.evaluation import perplexity, quality, score_tokens, stepwise
 from lego.frontier import BASELINES, DenseLine, FrontierOptions, break_even_rows, measure_frontier
-from lego.frontier_command import frontier_verdict
+from lego.frontier_command import break_even_ratio, frontier_verdict
 from lego.frontier_quality import Sample, Setting, all_settings, score_setting
 from lego.generation import generate
 from lego.strategies import EarlyExit, FullDepth
@@ -246,11 +246,19 @@ def test_break_even_of_made_up_rounds():
     times = SimpleNamespace(relative=seconds.get)
     (row,) = break_even_rows(both, results, config, times)
     assert (row["criterion"], row["kv_policy"]) == ("gate", "exact")
-    assert row["expected"] == expected_break_even(config, "gate")
+    assert row["expected"] == expected_break_even(config, "gate") and row["lowest"] == 0
     assert row["counted"] == pytest.approx(0.2)
     assert row["measured"] == pytest.approx(0.2)  # from 1.3 to 0.7
     # from 1.25 to 0.65, and from 1.35 to 0.75
     assert row["measured_quartiles"] == pytest.approx([0.4 * 0.25 / 0.6, 0.4 * 0.35 / 0.6])
+
+
+def test_break_even_in_words():
+    """What no share of tokens reaches, and what was down at the lowest share measured."""
+    shares = (None, 1.2, 1.0, 0.3, 0.25, 0.0)
+    texts = [break_even_ratio({"lowest": 0.25}, share) for share in shares]
+    assert texts == ["never", "never", "100.0 %", "30.0 %", "<= 25.0 %", "0.0 %"]
+    assert break_even_ratio({"lowest": 0.0}, 0.0) == "0.0 %"
 
 
 def verdict_of(*differences, shallow_ratio=0.5, generated=0.5):

@@ -21,7 +21,7 @@ from lego.report.cells import MISSING, Cell, change, dig, number, plain, signifi
 from lego.report.certificate import certificate_section
 from lego.report.confidence import NUM_BINS, confidence
 from lego.report.exit_map import exit_map, printable
-from lego.report.frontier import _share, frontier_section
+from lego.report.frontier import frontier_section
 from lego.report.page import _run_page, render
 from lego.report.summary import measured, summarise
 from lego.run_folder import RunFolder
@@ -281,12 +281,6 @@ def test_frontier(measured_run):
         assert " ".join(line.split()) in page.text
     assert "Quality against cost, KV policy exact" in page.text
     assert "--frontier" not in page.text
-
-
-def test_share_of_break_even():
-    """Infinity, which JSON has as None, and what no share of tokens reaches."""
-    texts = [_share(value).text for value in (None, 1.2, 1.0, 0.0)]
-    assert texts == ["never", "never", f"100.0{NO_BREAK}%", f"0.0{NO_BREAK}%"]
 
 
 def test_certificate(measured_run):

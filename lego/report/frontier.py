@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lego.frontier_command import frontier_verdict
+from lego.frontier_command import break_even_ratio, frontier_verdict
 from lego.report import figures
 from lego.report.cells import Cell, Row, Table, number, percent, spread
 
@@ -119,15 +119,15 @@ def _criteria(found: Values) -> Table:
 def _break_even(found: Values) -> Table:
     rows: list[Row] = []
     for row in found["break_even"]:
-        low, high = (_share(value).text for value in row["measured_quartiles"])
-        measured = _share(row["measured"])
+        low, high = (break_even_ratio(row, share) for share in row["measured_quartiles"])
+        measured = break_even_ratio(row, row["measured"])
         rows.append(
             (
                 row["criterion"],
                 Cell(row["kv_policy"], words=True),
-                _share(row["expected"]),
-                _share(row["counted"]),
-                measured._replace(text=f"{measured.text} ({low} to {high})"),
+                percent(row["expected"]),
+                Cell(break_even_ratio(row, row["counted"]), row["counted"]),
+                Cell(f"{measured} ({low} to {high})", row["measured"]),
             )
         )
     return Table(
@@ -135,11 +135,6 @@ def _break_even(found: Values) -> Table:
         columns=("criterion", "KV policy", "by weights", "by bytes read", "by time"),
         rows=rows,
     )
-
-
-def _share(value: float | None) -> Cell:
-    """A shallow ratio; what JSON has as None, infinity, or above 1 is never reached."""
-    return Cell("never") if value is None or value > 1 else percent(value)
 
 
 def _interval(values: Values, key: str, show: Callable[[float], Cell]) -> Cell:
