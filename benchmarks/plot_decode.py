@@ -19,10 +19,13 @@ _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def main() -> None:
-    results = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["benchmarks"]
-    folder = Path(sys.argv[2] if len(sys.argv) > 2 else "docs")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in plots(results).items():
+    results: dict[str, Row] = {}
+    for path in sys.argv[1:]:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))["benchmarks"]
+        # what was measured again counts
+        results |= {row["name"]: row for row in found}
+    folder = Path("docs")
+    for name, figure in plots(list(results.values())).items():
         # text stays text, as in the plots of a run
         with matplotlib.rc_context({"svg.fonttype": "none", "axes.spines.top": False}):
             figure.savefig(folder / f"decode_{name}.svg")
