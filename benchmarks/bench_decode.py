@@ -26,7 +26,7 @@ from benchmarks.decode_cases import (
 )
 from benchmarks.forced_exits import ForcedExit, force_exit, savings
 from benchmarks.prefill import first_token, prefill_flops, reference_first_token
-from benchmarks.races import ROUNDS, MANY_ROUNDS, check_tokens, race, race_seconds
+from benchmarks.races import MANY_ROUNDS, ROUNDS, check_tokens, race, race_seconds
 from benchmarks.tables import Measure, measured, milliseconds, one_thread
 from lego.config import Criterion, KVPolicy
 from lego.cost import elements_read

@@ -1,4 +1,4 @@
-"""Plots of bench_decode.py's results: python -m benchmarks.plot_decode results.json [folder]."""
+"""Plots of bench_decode.py: python -m benchmarks.plot_decode results.json ... writes docs/decode_*.svg."""
 
 from __future__ import annotations
 
