@@ -1,4 +1,4 @@
-"""Plots of bench_decode.py: python -m benchmarks.plot_decode results.json ... writes docs/decode_*.svg."""
+"""Plots of bench_decode.py: python -m benchmarks.plot_decode results.json ... into docs/."""
 
 from __future__ import annotations
 
