@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -156,6 +156,21 @@ def _preset(args: list[str]) -> str:
     return "quick"
 
 
+def _evaluate(command: Evaluate, console: Console) -> dict[str, Any]:
+    options = FrontierOptions(
+        ratios=command.ratios, risks=command.risks, num_windows=command.windows
+    )
+    if not command.frontier:
+        if options != FrontierOptions():
+            raise ValueError(
+                "evaluate: --ratios, --risks and --windows must come with --frontier, got none"
+            )
+        return commands.evaluate(command.run, command.shallow_ratio, console)
+    if command.shallow_ratio is not None:
+        raise ValueError("evaluate: --frontier must come with --ratios, got --shallow-ratio")
+    return evaluate_frontier(command.run, options, console)
+
+
 def _run(command: Command) -> int:
     if isinstance(command, Doctor):
         return print_diagnosis(diagnose(), json=command.json)
@@ -167,15 +182,8 @@ def _run(command: Command) -> int:
             found = commands.train(command.config, command.folder, console)
         else:
             found = commands.run(command.config, command.folder, console)
-    elif isinstance(command, Evaluate) and command.frontier:
-        if command.shallow_ratio is not None:
-            raise ValueError("evaluate: --frontier must come with --ratios, got --shallow-ratio")
-        options = FrontierOptions(
-            ratios=command.ratios, risks=command.risks, num_windows=command.windows
-        )
-        found = evaluate_frontier(command.run, options, console)
     elif isinstance(command, Evaluate):
-        found = commands.evaluate(command.run, command.shallow_ratio, console)
+        found = _evaluate(command, console)
     elif isinstance(command, Calibrate):
         found = certify.calibrate(command, console)
     elif isinstance(command, Export):

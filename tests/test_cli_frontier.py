@@ -144,3 +144,10 @@ def test_a_dense_model(tmp_path, capsys):
     shutil.copytree(tmp_path / "run" / "baselines" / "dense_deep", tmp_path / "run" / "checkpoint")
     message = "must have an upper block, got a dense model; train one with exit_layer < num_layers"
     fails(capsys, tmp_path / "run", message)
+
+
+@pytest.mark.parametrize("more", [("--ratios", "0.5"), ("--windows", "5")], ids=" ".join)
+def test_options_of_the_frontier_alone(capsys, more):
+    assert run_command(["evaluate", str(finished_run()[0]), *more]) == 2
+    out, err = capsys.readouterr()
+    assert "must come with --frontier" in err and not out

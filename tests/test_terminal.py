@@ -154,7 +154,9 @@ def test_joint_training_has_exits_and_no_phases(results):
         # within two standard errors of 0.01
         (0.02, 0.4, "pays against dense-deep: as good as it"),
         (-0.02, 0.6, "does not pay against dense-deep: as good as it"),
-        (-0.021, 0.5, "does not pay against dense-deep: better than it"),
+        # at equal cost
+        (-0.021, 0.5, "pays against dense-deep: better than it"),
+        (0.02, 0.5, "does not pay against dense-deep: as good as it"),
     ],
 )
 def test_verdict(nats, cost, said):

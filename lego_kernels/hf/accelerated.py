@@ -113,6 +113,7 @@ class Accelerated:
                 "generate: the model must hold the parameters it was accelerated with, got others "
                 "(undo(), to() or an adapter replaces them), so accelerate it again"
             )
+        check_model(self._model)
         check_arguments(self._model, generation_config, arguments)
         ids = arguments.get("input_ids") if inputs is None else inputs
         if ids is not None:
@@ -181,7 +182,8 @@ def accelerate(
     the first exit_layer layers draft up to draft_tokens (>= 1) tokens, until one's confidence is
     below threshold (0.5 if not given), and the others verify. `early_exit` lets a token leave after
     exit_layer iff its confidence >= threshold, which must be given, through the model's own last
-    norm and head. exit_layer is in [1, layers]; at the number of layers all three are `full`.
+    norm and head. exit_layer is in [1, layers], unset in `full`; at the number of layers every mode
+    is `full`. draft_tokens is for `speculative` alone.
     criterion: max_prob, margin or entropy.
     kv_policy: what a token that left owes the layers above. `recompute` is exact: it settles what
     full depth computes. `propagate` and `hole` are inexact, and later tokens differ.
@@ -190,11 +192,12 @@ def accelerate(
     check_model(model)
     num_layers = len(model.model.layers)
     _check_options(mode, exit_layer, criterion, threshold, kv_policy, draft_tokens)
-    if exit_layer is not None and not 1 <= exit_layer <= num_layers:
+    if exit_layer is not None and exit_layer not in range(1, num_layers + 1):
         raise ValueError(f"accelerate: exit_layer must be in [1, {num_layers}], got {exit_layer}")
+    exit_layer = None if exit_layer is None else int(exit_layer)
     strategy = _Strategy(
         mode=mode,
-        exit_layer=num_layers if mode == "full" or exit_layer is None else exit_layer,
+        exit_layer=num_layers if exit_layer is None else exit_layer,
         num_layers=num_layers,
         criterion=criterion,
         threshold=0.5 if threshold is None else threshold,
@@ -223,11 +226,13 @@ def _check_options(
             raise ValueError(f"accelerate: {name} must be one of {legal}{where}, got {value!r}")
     if mode == "full" and threshold is not None:
         raise ValueError(f"accelerate: threshold must be unset in mode full, got {threshold}")
+    if mode == "full" and exit_layer is not None:
+        raise ValueError(f"accelerate: exit_layer must be unset in mode full, got {exit_layer}")
     if mode != "full" and exit_layer is None:
         raise ValueError(f"accelerate: exit_layer must be given in mode {mode}, got None")
     if mode == "early_exit" and threshold is None:
         raise ValueError("accelerate: threshold must be given in mode early_exit, got None")
     if threshold is not None and math.isnan(threshold):
         raise ValueError("accelerate: threshold must be a number, got nan")
-    if draft_tokens < 1:
-        raise ValueError(f"accelerate: draft_tokens must be >= 1, got {draft_tokens}")
+    if not isinstance(draft_tokens, int) or draft_tokens < 1:
+        raise ValueError(f"accelerate: draft_tokens must be an int >= 1, got {draft_tokens}")

@@ -47,7 +47,9 @@ class _EarlyExit:
         self, inputs: Tensor | None = None, generation_config: Any = None, **arguments: Any
     ) -> Tensor | EarlyExitOutput:
         model: Any = self
-        options = _options(generation_config) or _options(model.generation_config)
+        options = _options(generation_config)
+        if options is None:
+            options = _options(model.generation_config)
         if options is None:
             return GenerationMixin.generate(model, inputs, generation_config, **arguments)
         if self._fast is None or self._fast[0] != options or not self._fast[1].shares_weights:
@@ -66,7 +68,7 @@ def _options(config: GenerationConfig | None) -> dict[str, Any] | None:
         raise ValueError(
             f"generate: early_exit must be a dict of the options of accelerate(), got {options!r}"
         )
-    return options and dict(options)
+    return None if options is None else dict(options)
 
 
 class EarlyExitLlamaForCausalLM(_EarlyExit, LlamaForCausalLM):

@@ -44,7 +44,10 @@ class EarlyExitOutput(GenerateDecoderOnlyOutput):
 
 def check_prompts(ids_BT: Tensor, mask_BT: Tensor | None) -> None:
     """Raise ValueError unless ids are on the CPU and a mask fits them with 0s, then 1s in a row."""
-    if ids_BT.dim() != 2 or ids_BT.size(1) == 0:
+    if not isinstance(ids_BT, Tensor) or ids_BT.dtype not in (torch.int64, torch.int32):
+        got = ids_BT.dtype if isinstance(ids_BT, Tensor) else type(ids_BT).__name__
+        raise ValueError(f"generate: input_ids must be a tensor of int64 or int32, got {got}")
+    if ids_BT.dim() != 2 or ids_BT.numel() == 0:
         raise ValueError(f"generate: input_ids must be [B, T], got {tuple(ids_BT.shape)}")
     if ids_BT.device.type != "cpu":
         raise ValueError(f"generate: input_ids must be on the CPU, got {ids_BT.device}")

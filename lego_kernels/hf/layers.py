@@ -71,6 +71,7 @@ def use_kernels(model: nn.Module) -> KernelUse:
     replaced MLP, registered later, are not. A layer keeps its forward, and `layers` says why, if it
     is of another class, has a forward that is not its class's, or holds weights or projections that
     the ops do not take.
+    undo() before the whole model is pickled; its state_dict and save_pretrained() are as ever.
     Raises: ValueError, with nothing changed, if no layer can be replaced.
     """
     layers, modules = [], []

@@ -35,9 +35,12 @@ class SharedWeights:
     def __init__(self, model: PreTrainedModel, num_lower: int) -> None:
         self._model = model
         self._packed: list[tuple[Tensor, list[nn.Parameter]]] = []
+        self._made: list[tuple[Tensor, list[nn.Parameter]]] = []
         try:
             self.weights = self._weights(num_lower)
         except BaseException:
+            # packs of an earlier acceleration stay
+            self._packed = self._made
             self.release()
             raise
         self._places = self._where()
@@ -107,6 +110,7 @@ class SharedWeights:
                 parameters, packed.split([len(p) for p in parameters]), strict=True
             ):
                 parameter.data = rows
+            self._made.append((packed, parameters))
         self._packed.append((packed, parameters))
         return packed
 

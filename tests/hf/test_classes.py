@@ -67,6 +67,9 @@ def test_a_call_has_settings_of_its_own(tmp_path):
     full = transformers.GenerationConfig(early_exit={"mode": "full"}, max_new_tokens=12)
     assert torch.equal(model.generate(**PROMPTS, generation_config=full), generated(stock))
     assert not torch.equal(generated(model), generated(stock))
+    # no options are those of full depth
+    empty = transformers.GenerationConfig(early_exit={}, max_new_tokens=12)
+    assert torch.equal(model.generate(**PROMPTS, generation_config=empty), generated(stock))
 
 
 def test_new_parameters_are_packed_again(tmp_path):

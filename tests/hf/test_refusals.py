@@ -178,8 +178,8 @@ def test_recorded_outputs_are_no_hooks():
         ({"mode": "early_exit", "threshold": 0.5}, "exit_layer must be given in mode early_exit"),
         ({"mode": "speculative"}, "exit_layer must be given in mode speculative"),
         ({"mode": "early_exit", "exit_layer": 2}, "threshold must be given in mode early_exit"),
-        ({"exit_layer": 0}, r"exit_layer must be in \[1, 4\], got 0"),
-        ({"exit_layer": 5}, r"exit_layer must be in \[1, 4\], got 5"),
+        ({"mode": "speculative", "exit_layer": 0}, r"exit_layer must be in \[1, 4\], got 0"),
+        ({"mode": "speculative", "exit_layer": 5}, r"exit_layer must be in \[1, 4\], got 5"),
         ({"threshold": 0.5}, "threshold must be unset in mode full, got 0.5"),
         (
             {"mode": "speculative", "exit_layer": 2, "threshold": float("nan")},
@@ -193,7 +193,7 @@ def test_recorded_outputs_are_no_hooks():
         ),
         (
             {"mode": "speculative", "exit_layer": 2, "draft_tokens": 0},
-            "draft_tokens must be >= 1, got 0",
+            "draft_tokens must be an int >= 1, got 0",
         ),
     ],
 )
@@ -302,3 +302,69 @@ def test_sliding_window(kind):
     assert torch.equal(fast.generate(ids, max_new_tokens=8), expected)
     with pytest.raises(ValueError, match="the sliding window, 16 tokens, got 17"):
         fast.generate(ids, max_new_tokens=9)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (PROMPTS["input_ids"].float(), "must be a tensor of int64 or int32, got torch.float32"),
+        (PROMPTS["input_ids"].tolist(), "must be a tensor of int64 or int32, got list"),
+        (PROMPTS["input_ids"][:0], "must be .B, T., got .0, 9."),
+    ],
+    ids=["float", "list", "no rows"],
+)
+def test_prompts_that_are_none(ids, message):
+    with pytest.raises(ValueError, match=message):
+        accelerate(tiny_model()).generate(input_ids=ids, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "full", "exit_layer": 2}, "exit_layer must be unset in mode full, got 2"),
+        ({"mode": "speculative", "exit_layer": 2.5}, "exit_layer must be in .1, 4., got 2.5"),
+        (
+            {"mode": "speculative", "exit_layer": 2, "draft_tokens": 2.5},
+            "draft_tokens must be an int >= 1, got 2.5",
+        ),
+    ],
+    ids=str,
+)
+def test_a_refused_acceleration_leaves_another_as_it_is(options, message):
+    model = tiny_model()
+    fast = accelerate(model)
+    expected = fast.generate(**PROMPTS, max_new_tokens=4)
+    with pytest.raises(ValueError, match=message):
+        accelerate(model, **options)
+    assert fast.shares_weights
+    assert torch.equal(fast.generate(**PROMPTS, max_new_tokens=4), expected)
+
+
+def test_weights_that_do_not_fit_leave_another_acceleration_as_it_is(monkeypatch):
+    """Packs that were found stay packed; those made before the failure are given back."""
+    model = tiny_model()
+    fast = accelerate(model)
+    monkeypatch.setattr("lego_kernels.hf.packing.rotary_tables", lambda model: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        accelerate(model)
+    assert fast.shares_weights
+    fresh = tiny_model(seed=1)
+    places = [p.untyped_storage().data_ptr() for p in fresh.parameters()]
+    with pytest.raises(ZeroDivisionError):
+        accelerate(fresh)
+    now = [p.untyped_storage().data_ptr() for p in fresh.parameters()]
+    assert len(set(now)) == len(set(places))
+
+
+def test_what_comes_after_the_acceleration_is_seen():
+    model = tiny_model()
+    fast = accelerate(model)
+    handle = model.model.layers[1].register_forward_hook(lambda module, args, out: out)
+    with pytest.raises(ValueError, match="no hooks"):
+        fast.generate(**PROMPTS, max_new_tokens=2)
+    handle.remove()
+    model.train()
+    with pytest.raises(RuntimeError, match="must be in eval mode"):
+        fast.generate(**PROMPTS, max_new_tokens=2)
+    model.eval()
+    fast.generate(**PROMPTS, max_new_tokens=2)
