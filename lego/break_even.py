@@ -35,10 +35,7 @@ def crossing(ratios: Sequence[float], relative: Sequence[float]) -> float:
         if value <= 1:
             above = before[1] - 1
             # the first point is its own predecessor
-            return ratio if above <= 0 else _between(before[0], ratio, above / (before[1] - value))
+            share = above / (before[1] - value) if above > 0 else 1.0
+            return before[0] + share * (ratio - before[0])
         before = (ratio, value)
     return math.inf
-
-
-def _between(low: float, high: float, share: float) -> float:
-    return low + share * (high - low)

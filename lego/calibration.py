@@ -40,13 +40,12 @@ def calibrate_by_quantile(
         if bool(values.isnan().any()):
             raise ValueError(f"calibrate_by_quantile: {criterion} must hold numbers, got nan")
     threshold = {
-        criterion: _upper_quantile(values, shallow_ratio)
-        for criterion, values in confidence.items()
+        criterion: upper_quantile(values, shallow_ratio) for criterion, values in confidence.items()
     }
     return Calibration(shallow_ratio=shallow_ratio, num_tokens=num_tokens, threshold=threshold)
 
 
-def _upper_quantile(confidence_N: Tensor, share: float) -> float:
+def upper_quantile(confidence_N: Tensor, share: float) -> float:
     """The largest observed value that at least `share` of the tokens reach; inf for share 0."""
     descending = confidence_N.sort(descending=True).values
     # share * N may miss a whole number by a rounding error, which is not a token

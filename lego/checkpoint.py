@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 
 from lego.calibration import Calibration
 from lego.config import ModelConfig
-from lego.files import replacing_folder
+from lego.files import read_json_object, replacing_folder
 from lego.model import LegoModel
 from lego.tokenizer import END_OF_TEXT, Tokenizer
 
@@ -68,7 +68,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     if not (path / _CONFIG).is_file():
         raise ValueError(f"load_checkpoint: a checkpoint folder must hold {_CONFIG}, got {path}")
-    config = _read_json(path / _CONFIG)
+    config = read_json_object(path / _CONFIG, "load_checkpoint")
     if config.get("format") != _FORMAT:
         raise ValueError(
             f"load_checkpoint: {path / _CONFIG} must be of format {_FORMAT}, "
@@ -92,7 +92,7 @@ def _load_calibration(path: Path) -> Calibration | None:
     if not path.is_file():
         return None
     try:
-        calibration = Calibration(**_read_json(path))
+        calibration = Calibration(**read_json_object(path, "load_checkpoint"))
         numbers = all(isinstance(value, float) for value in calibration.threshold.values())
     except (TypeError, AttributeError) as error:
         raise ValueError(f"load_checkpoint: {path} must be whole, got {error}") from error
@@ -115,16 +115,6 @@ def _load_weights(model: LegoModel, path: Path) -> None:
         # load_state_dict lists every key on a line of its own: the first line says enough
         reason = str(error).splitlines()[0]
         raise ValueError(f"load_checkpoint: {path} must be whole and fit, got {reason}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"load_checkpoint: {path} must be JSON, got {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"load_checkpoint: {path} must hold a JSON object, got {values!r}")
-    return values
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -284,9 +284,10 @@ def _strategy(options: Generate, checkpoint: Checkpoint) -> Strategy:
     )
 
 
-def _exit_config(run: Path) -> ExitConfig:
-    """The run's own; the defaults for an imported checkpoint, which comes from no run."""
-    return ExitConfig() if checkpoint_folder(run) == run else RunFolder(run).config().exit
+def _exit_config(path: Path) -> ExitConfig:
+    """The run's own, also for its folder `checkpoint`; the defaults for an imported checkpoint."""
+    run = RunFolder(path.parent if path.name == "checkpoint" else path)
+    return run.config().exit if run.checkpoint.is_dir() else ExitConfig()
 
 
 def _sample(outcome: Outcome, corpus: Corpus, config: ExperimentConfig) -> tuple[Text, str]:

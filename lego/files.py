@@ -44,6 +44,20 @@ def _finite(values: Any) -> Any:
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
+def read_json_object(path: Path, what: str) -> dict[str, Any]:
+    """The object in a JSON file; OSError if it cannot be read.
+
+    Raises: ValueError, which `what` begins, if it holds none.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{what}: {path} must be JSON, got {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{what}: {path} must hold a JSON object, got {values!r}")
+    return values
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text through `replacing_file`."""
     with replacing_file(path) as file:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lego.calibration import calibrate_by_quantile
+from lego.calibration import upper_quantile
 from lego.config import Criterion, TimingConfig
 from lego.cost import elements_read
 from lego.data import TokenSplit
@@ -148,7 +148,7 @@ def generation_threshold(
     low, high, share = 0.0, 1.0, ratio
     best = math.inf, math.inf
     for _ in range(_SEARCH_STEPS):
-        value = calibrate_by_quantile({"gate": confidence_N}, share).threshold["gate"]
+        value = upper_quantile(confidence_N, share)
         found = shallow_ratio(value)
         best = min(best, (abs(found - ratio), value))
         if best[0] <= _CLOSE_ENOUGH:

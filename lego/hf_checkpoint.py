@@ -6,7 +6,6 @@ calibration) and exit.safetensors (exit norm, gate). Loaders take the top of a f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from torch import Tensor
 from lego.calibration import Calibration
 from lego.checkpoint import Checkpoint, checkpoint_folder, load_checkpoint, save_checkpoint
 from lego.config import ModelConfig
-from lego.files import replacing_folder, to_json
+from lego.files import read_json_object, replacing_folder, to_json
 from lego.hf_format import (
     ARCHITECTURES,
     EXIT_TENSORS,
@@ -306,13 +305,7 @@ def _whole(path: Path) -> Iterator[None]:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"import: {path} must exist, got none")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"import: {path} must be JSON, got {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"import: {path} must hold a JSON object, got {values!r}")
-    return values
+    return read_json_object(path, "import")
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

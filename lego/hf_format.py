@@ -73,6 +73,11 @@ def from_hf_config(values: Mapping[str, Any], exit_layer: int) -> ModelConfig:
     names = ("model_type", *_SIZES.values(), "rms_norm_eps")
     missing = [name for name in names if values.get(name) is None]
     _require(not missing, "config.json", "whole", f"no {', '.join(missing)}")
+    sizes = {name: values[name] for name in _SIZES.values()} | {"exit_layer": exit_layer}
+    for name, value in sizes.items():
+        _require(type(value) is int, name, "a whole number", repr(value))
+    eps = values["rms_norm_eps"]
+    _require(isinstance(eps, float), "rms_norm_eps", "a number", repr(eps))
     kind = values["model_type"]
     _require(kind in ARCHITECTURES, "model_type", f"one of {', '.join(ARCHITECTURES)}", kind)
     _require_plain(values)
@@ -87,7 +92,7 @@ def from_hf_config(values: Mapping[str, Any], exit_layer: int) -> ModelConfig:
         upper_kv="own",
         # of all four architectures, where a file names none
         rope_theta=rope.get("rope_theta", 10000.0),
-        norm_eps=values["rms_norm_eps"],
+        norm_eps=eps,
         qk_norm=kind == "qwen3",
         qkv_bias=kind == "qwen2" or (kind != "mistral" and bool(values.get("attention_bias"))),
         tie_embeddings=bool(values.get("tie_word_embeddings", False)),

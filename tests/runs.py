@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import functools
+import io
 import json
 import multiprocessing
 import os
@@ -181,20 +182,36 @@ def finished_run():
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     data, out = root / "book.txt", root / "run"
     data.write_text(sentences(120))
+    with (
+        _cache_in(root / "cache"),
+        (root / "stdout").open("w+") as stdout,
+        (root / "stderr").open("w+") as stderr,
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+    ):
+        code = run_command(run_args(data, out, "--json"))
+    texts = [(root / name).read_text() for name in ("stdout", "stderr")]
+    assert code == 0, texts
+    return out, data, root / "cache", *texts
+
+
+@functools.cache
+def own_run():
+    """Folder of one `lego train` whose upper layers have keys and values of their own; to read."""
+    _, data, cache, *_ = finished_run()
+    out = cache.parent / "own"
+    with _cache_in(cache), contextlib.redirect_stdout(io.StringIO()):
+        assert run_command(["train", *run_args(data, out, "--model.upper-kv", "own")[1:]]) == 0
+    return out
+
+
+@contextlib.contextmanager
+def _cache_in(folder):
     before = os.environ.get("LEGO_CACHE")
-    os.environ["LEGO_CACHE"] = str(root / "cache")
+    os.environ["LEGO_CACHE"] = str(folder)
     try:
-        with (
-            (root / "stdout").open("w+") as stdout,
-            (root / "stderr").open("w+") as stderr,
-            contextlib.redirect_stdout(stdout),
-            contextlib.redirect_stderr(stderr),
-        ):
-            code = run_command(run_args(data, out, "--json"))
+        yield
     finally:
         del os.environ["LEGO_CACHE"]
         if before is not None:
             os.environ["LEGO_CACHE"] = before
-    texts = [(root / name).read_text() for name in ("stdout", "stderr")]
-    assert code == 0, texts
-    return out, data, root / "cache", *texts

@@ -10,7 +10,7 @@ from lego.certificate import hoeffding_bentkus, load_certificate
 from lego.checkpoint import load_checkpoint
 from lego.cli import run_command
 from lego.run_folder import RunFolder
-from tests.runs import finished_run, run_args
+from tests.runs import finished_run, own_run
 
 # half of the tokens may disagree: a model this small passes with few sequences
 DEFAULT = ("--epsilon", "0.5", "--delta", "0.2", "--num-sequences", "30", "--max-new-tokens", "6")
@@ -39,17 +39,6 @@ def certified_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LEGO_CACHE", str(finished_run()[2]))
         assert run_command(["calibrate", str(out), *LAX]) == 0
-    return out
-
-
-@pytest.fixture(scope="module")
-def own_run(tmp_path_factory):
-    """`lego train` of a model whose upper layers have keys and values of their own."""
-    _, data, cache, *_ = finished_run()
-    out = tmp_path_factory.mktemp("own") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LEGO_CACHE", str(cache))
-        assert run_command(["train", *run_args(data, out, "--model.upper-kv", "own")[1:]]) == 0
     return out
 
 
@@ -164,8 +153,8 @@ def test_generate_with_it(run, capsys):
     refused_generation(capsys, run, held, "certified threshold must stay as it is", "to hold")
 
 
-def test_the_policy_is_the_certificates(tmp_path, own_run, capsys):
-    shutil.copytree(own_run, tmp_path / "run")
+def test_the_policy_is_the_certificates(tmp_path, capsys):
+    shutil.copytree(own_run(), tmp_path / "run")
     common = ["generate", str(tmp_path / "run"), "--prompt", "ann sees", "--json"]
 
     def found(*options):
@@ -212,10 +201,10 @@ def test_advice_is_right(run, capsys):
     assert int(out.partition("would pass with --num-sequences ")[2].split(".")[0]) > 60
 
 
-def test_certificate_of_another_model(run, own_run, capsys):
+def test_certificate_of_another_model(run, capsys):
     calibrate(capsys, run, *LAX)
     for name in ("config.json", "model.safetensors"):
-        shutil.copy(own_run / "checkpoint" / name, run / "checkpoint" / name)
+        shutil.copy(own_run() / "checkpoint" / name, run / "checkpoint" / name)
     refused_generation(capsys, run, (), "must be of this model, SHA-256", "`lego calibrate`")
 
 

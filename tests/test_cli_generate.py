@@ -2,25 +2,14 @@
 
 import itertools
 import json
+import shutil
 
 import pytest
 
 from lego.checkpoint import load_checkpoint
 from lego.cli import run_command
 from lego.run_folder import RunFolder
-from tests.runs import finished_run, run_args
-
-
-@pytest.fixture(scope="module")
-def own_run(tmp_path_factory):
-    """`lego train` of a model whose upper layers have keys and values of their own."""
-    _, data, cache, *_ = finished_run()
-    out = tmp_path_factory.mktemp("own") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LEGO_CACHE", str(cache))
-        args = run_args(data, out, "--model.upper-kv", "own")
-        assert run_command(["train", *args[1:]]) == 0
-    return out
+from tests.runs import finished_run, own_run
 
 
 def generate(capsys, folder, *more):
@@ -86,9 +75,9 @@ def test_generate_thresholds(capsys, criterion):
 
 
 @pytest.mark.parametrize("options", [(), ("--temperature", "0.5")], ids=["greedy", "sampled"])
-def test_generate_speculative(capsys, own_run, options):
+def test_generate_speculative(capsys, options):
     def found(mode, *more):
-        answer = generate(capsys, own_run, "--json", "--mode", mode, *options, *more)
+        answer = generate(capsys, own_run(), "--json", "--mode", mode, *options, *more)
         return json.loads(answer.out)
 
     def drafted(*more):
@@ -107,15 +96,15 @@ def test_generate_speculative(capsys, own_run, options):
     assert drafted("--criterion", "gate")["gate_calls"] > 0
 
 
-def test_generate_policies(capsys, own_run):
-    always = json.loads(generate(capsys, own_run, "--json", "--threshold", "0").out)
+def test_generate_policies(capsys):
+    always = json.loads(generate(capsys, own_run(), "--json", "--threshold", "0").out)
     middle = ("--json", "--threshold", str(sorted(always["confidence"])[3]))
     found = {
-        policy: json.loads(generate(capsys, own_run, *middle, "--kv-policy", policy).out)
+        policy: json.loads(generate(capsys, own_run(), *middle, "--kv-policy", policy).out)
         for policy in ("recompute", "propagate", "hole")
     }
     assert (
-        json.loads(generate(capsys, own_run, *middle).out)["tokens"]
+        json.loads(generate(capsys, own_run(), *middle).out)["tokens"]
         == (found["recompute"]["tokens"])
     )
     for part in found.values():
@@ -155,8 +144,8 @@ def test_generate_sampling(capsys):
     assert tokens(3, "--top-k", "1") == tokens(4, "--top-p", "1e-9") == greedy
 
 
-def test_exact_policy_needs_an_exit_state_model(capsys, own_run):
-    args = ["generate", str(own_run), "--prompt", "ann", "--max-new-tokens", "4"]
+def test_exact_policy_needs_an_exit_state_model(capsys):
+    args = ["generate", str(own_run()), "--prompt", "ann", "--max-new-tokens", "4"]
     assert run_command([*args, "--kv-policy", "exact"]) == 2
     out, err = capsys.readouterr()
     assert err.startswith("lego: ") and err.count("\n") == 1 and "got 'exact'" in err and not out
@@ -165,7 +154,7 @@ def test_exact_policy_needs_an_exit_state_model(capsys, own_run):
 @pytest.mark.parametrize("engine", ["native", "reference"])
 def test_generate_holds_a_target(capsys, engine):
     """From whatever threshold, it goes up by the step for an exit and down for none."""
-    folder = finished_run()[0]
+    folder, followed = finished_run()[0], 0
     options = ("--max-new-tokens", "40", "--engine", engine, "--hold-shallow-ratio", "0.5")
     for start in ("-inf", "0.5", "inf"):
         found = json.loads(generate(capsys, folder, "--json", *options, "--threshold", start).out)
@@ -178,6 +167,8 @@ def test_generate_holds_a_target(capsys, engine):
         if control["lowest"] > -0.029 and control["highest"] < 1.029:
             moved = 0.03 * (control["shallow"] - 0.5 * control["tokens"])
             assert control["threshold"] == pytest.approx(first + moved, abs=1e-5)
+            followed += 1
+    assert followed, "every threshold hit a bound"
     text = generate(capsys, folder, *options).out
     assert "held shallow ratio at 0." in text and "for a target of 0.5" in text
     probed = ("--hold-disagreement", "0.3", "--threshold", "0", "--engine", engine)
@@ -203,3 +194,19 @@ def test_generate_refuses_targets(capsys, options, message):
     assert run_command(args) == 2
     out, err = capsys.readouterr()
     assert message in err and err.count("\n") == 1 and not out
+
+
+def test_generate_from_the_checkpoint_of_a_run(capsys, tmp_path):
+    """Its folder has the run's criterion and policy; copied elsewhere, it has the defaults."""
+    folder = tmp_path / "run"
+    shutil.copytree(own_run(), folder)
+    config = (folder / "config.toml").read_text()
+    (folder / "config.toml").write_text(
+        config.replace('criterion = "max_prob"', 'criterion = "gate"')
+    )
+    shutil.copytree(folder / "checkpoint", tmp_path / "alone")
+    found = {
+        path.name: json.loads(generate(capsys, path, "--json").out)["stats"]["decode"]["gate_calls"]
+        for path in (folder, folder / "checkpoint", tmp_path / "alone")
+    }
+    assert found["run"] == found["checkpoint"] > 0 == found["alone"]

@@ -46,12 +46,16 @@ class _Strategy:
     draft_tokens: int
 
     @property
+    def all_layers(self) -> bool:
+        return self.exit_layer == self.num_layers
+
+    @property
     def kv_exact(self) -> bool:
-        return self.kv_policy == "recompute" or self.exit_layer == self.num_layers
+        return self.kv_policy == "recompute" or self.all_layers
 
     def decoder(self, weights: DecoderWeights, rows: int, slots: int, sampling: Sampling) -> Rows:
         """For so many rows, whose inputs take positions in [0, slots)."""
-        if self.exit_layer == self.num_layers:
+        if self.all_layers:
             return Decoder(weights, rows, slots, sampling=sampling)
         options: dict[str, Any] = {"criterion": self.criterion, "sampling": sampling}
         if self.mode == "speculative":

@@ -7,6 +7,7 @@ once, and the model's parameters become views of that. Shape letters: P position
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,9 @@ from transformers import PreTrainedModel
 
 from lego_kernels.decoder.weights import DecoderWeights, LayerWeights
 from lego_kernels.hf.support import num_positions
+
+# a packed tensor and the parameters that are views of it
+_Pack = tuple[Tensor, list[nn.Parameter]]
 
 
 class Memory(NamedTuple):
@@ -34,15 +38,13 @@ class SharedWeights:
 
     def __init__(self, model: PreTrainedModel, num_lower: int) -> None:
         self._model = model
-        self._packed: list[tuple[Tensor, list[nn.Parameter]]] = []
-        self._made: list[tuple[Tensor, list[nn.Parameter]]] = []
-        try:
-            self.weights = self._weights(num_lower)
-        except BaseException:
+        self._packed: list[_Pack] = []
+        self._made: list[_Pack] = []  # those that were not there before
+        with ExitStack() as undo:
             # packs of an earlier acceleration stay
-            self._packed = self._made
-            self.release()
-            raise
+            undo.callback(_separate, self._made)
+            self.weights = self._weights(num_lower)
+            undo.pop_all()
         self._places = self._where()
         unique = {p.data_ptr(): p.nbytes for p in model.parameters()}
         tables = self.weights.cos.nbytes + self.weights.sin.nbytes
@@ -50,10 +52,7 @@ class SharedWeights:
 
     def release(self) -> None:
         """Give each packed parameter memory of its own again."""
-        for packed, parameters in self._packed:
-            for parameter in parameters:
-                if _storage(parameter) == _storage(packed):
-                    parameter.data = parameter.data.clone()
+        _separate(self._packed)
         self._packed = []
 
     @property
@@ -138,6 +137,14 @@ def _as_packed(parameters: Sequence[nn.Parameter]) -> Tensor | None:
     if place != storage.data_ptr() + storage.nbytes():
         return None
     return first.as_strided((sum(map(len, parameters)), *first.shape[1:]), first.stride())
+
+
+def _separate(packs: Sequence[_Pack]) -> None:
+    """Give each parameter that is still a view of its pack memory of its own."""
+    for packed, parameters in packs:
+        for parameter in parameters:
+            if _storage(parameter) == _storage(packed):
+                parameter.data = parameter.data.clone()
 
 
 def _storage(x: Tensor) -> int:

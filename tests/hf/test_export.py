@@ -8,7 +8,6 @@ import torch
 from rich.console import Console
 
 from lego.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from lego.cli import run_command
 from lego.config import ModelConfig
 from lego.generation import generate
 from lego.hf_checkpoint import Export, Import, export_checkpoint, import_checkpoint
@@ -16,7 +15,7 @@ from lego.model import LegoModel
 from lego.strategies import FullDepth
 from lego.tokenizer import train_tokenizer
 from tests.models import VARIANTS, tiny_model, token_ids
-from tests.runs import finished_run, run_args
+from tests.runs import own_run
 
 transformers = pytest.importorskip(
     "transformers", minversion="5", reason="needs transformers >= 5: pip install '.[hf]'"
@@ -200,17 +199,12 @@ def test_configs_of_transformers_name_what_is_read(tmp_path):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """(model of transformers, tokenizer, our checkpoint) of a tiny model that `lego train` made."""
-    _, data, cache, *_ = finished_run()
     out = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LEGO_CACHE", str(cache))
-        args = run_args(data, out / "run", "--model.upper-kv", "own")
-        assert run_command(["train", *args[1:]]) == 0
-    export_checkpoint(Export(run=out / "run", out=out / "hf"), QUIET)
+    export_checkpoint(Export(run=own_run(), out=out / "hf"), QUIET)
     model = transformers.AutoModelForCausalLM.from_pretrained(out / "hf")
     tokenizer = transformers.AutoTokenizer.from_pretrained(out / "hf", padding_side="left")
     tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer, load_checkpoint(out / "run" / "checkpoint")
+    return model, tokenizer, load_checkpoint(own_run() / "checkpoint")
 
 
 @pytest.mark.parametrize("options", [{}, {"mode": "speculative", "exit_layer": 2}], ids=str)
