@@ -195,7 +195,7 @@ def test_threads_do_not_matter(device, provider):
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
-def test_any_shape(data, device):
+def test_any_shape(data, provider, device):
     B, D, V = (data.draw(st.integers(1, most)) for most in (6, 70, 2 * TILE + 9))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float16]))
     h, head = inputs((B, D, V), dtype, device, seed=data.draw(st.integers(0, 99)))
@@ -206,6 +206,8 @@ def test_any_shape(data, device):
     weight = random((D,), dtype, device, seed=2) if data.draw(st.booleans()) else None
     criterion = data.draw(st.sampled_from(CRITERIA))
     got = check(h, head, criterion, weight, vocab_size=data.draw(st.integers(1, V)))
+    if provider == "torch":
+        return  # whose product may sum equal rows of the head in different orders
     for row, token in enumerate(got.token.tolist()):
         same = (head == head[token]).all(dim=1).nonzero()[0].item()
         assert same == token, f"row {row}: a copy has a lower id"
