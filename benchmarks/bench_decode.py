@@ -6,7 +6,9 @@ variants in turns. Times are of a token, the first new one left out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import pytest
@@ -166,12 +168,13 @@ def test_no_exit(decode_case: Case, measured: Measure) -> None:
     """What the gate costs where it lets no token go, over full depth."""
     model, num_tokens = random_model(*decode_case), TOKENS[decode_case.shape]
     prompt = random_prompt(model.config)
-    never = force_exit(model, prompt, num_tokens, "gate", 0)
+    num_slots = len(prompt) + num_tokens
     runners: dict[str, Runner] = {
-        "gate, no exit": never.engine,
-        "engine": Engine(model, len(prompt) + num_tokens),
+        "gate, no exit": Engine(model, num_slots, threshold=math.inf, criterion="gate"),
+        "engine": Engine(model, num_slots),
     }
-    assert never.run.tokens == runners["engine"](prompt, num_tokens).tokens
+    never, full = (runner(prompt, num_tokens) for runner in runners.values())
+    assert never[:2] == full[:2]
     measured(lambda: {"rows": race(runners, prompt, num_tokens, num_rounds=MANY_ROUNDS)})
 
 
@@ -181,23 +184,25 @@ def test_early_exit(decode_case: ExitCase, measured: Measure) -> None:
     model, num_tokens = random_model(shape, dtype), EXIT_TOKENS[shape]
     prompt = random_prompt(model.config)
     policy: KVPolicy | None = "hole" if model.config.upper_kv == "own" else None
-    forced = {
-        f"{criterion} {ratio}": force_exit(model, prompt, num_tokens, criterion, ratio, policy)
-        for criterion in _CRITERIA
-        for ratio in ratios
-    }
-    for exits in forced.values():
-        _check_exits(model, prompt, exits, policy)
-    full = Engine(model, len(prompt) + num_tokens)
+    num_slots = len(prompt) + num_tokens
+    forced: dict[tuple[Criterion, float], ForcedExit] = {}
+    for criterion, ratio in product(_CRITERIA, ratios):
+        engine = Engine(model, num_slots, threshold=math.inf, criterion=criterion, kv_policy=policy)
+        forced[criterion, ratio] = exits = force_exit(engine, prompt, num_tokens, ratio)
+        strategy = EarlyExit(threshold=exits.threshold, criterion=criterion, kv_policy=policy)
+        _check_exits(model, prompt, exits.run, strategy)
+    full = Engine(model, num_slots)
     check_tokens(model, prompt, {"engine": full(prompt, num_tokens)})
 
     def work() -> dict[str, Any]:
-        runners = {"full": full} | {name: exits.engine for name, exits in forced.items()}
+        names = {key: f"{key[0]} {key[1]}" for key in forced}
+        runners = {"full": full} | {names[key]: exits.engine for key, exits in forced.items()}
         seconds = race_seconds(runners, prompt, num_tokens, MANY_ROUNDS)
-        rows = [
-            {"exits": name, **savings(model, exits, full.counts, seconds["full"], seconds[name])}
-            for name, exits in forced.items()
-        ]
+        rows = []
+        for key, exits in forced.items():
+            taken = seconds["full"], seconds[names[key]]
+            saved = savings(model.config, exits, full.counts, *taken)
+            rows.append({"exits": names[key], "criterion": key[0], **saved})
         return {
             "num_rounds": MANY_ROUNDS,
             "full_ms": milliseconds(seconds["full"]),
@@ -274,17 +279,13 @@ def test_prefill(decode_case: PrefillCase, measured: Measure) -> None:
     measured(work)
 
 
-def _check_exits(
-    model: LegoModel, prompt: torch.Tensor, exits: ForcedExit, policy: KVPolicy | None
-) -> None:
+def _check_exits(model: LegoModel, prompt: torch.Tensor, run: Run, strategy: EarlyExit) -> None:
     """As the reference in float32; in 16 bits each token the best of its exit but for rounding."""
-    run = exits.run
     if model.embedding.weight.dtype != torch.float32:
         assert_greedy(model, prompt, run)
         return
-    strategy = EarlyExit(threshold=exits.threshold, criterion=exits.criterion, kv_policy=policy)
     expected = reference(model, strategy)(prompt, len(run.tokens))
-    assert run == expected._replace(seconds=run.seconds), exits.criterion
+    assert run == expected._replace(seconds=run.seconds), strategy
 
 
 def _bytes_per_token(model: LegoModel, engine: Engine | EngineAt, run: Run) -> float:

@@ -34,6 +34,8 @@ MORE_CASES = [
     Case(1, 512, 32, 8, 64, "bfloat16"),
     Case(1, 2048, 32, 8, 64, "float32"),
     Case(8, 512, 32, 8, 64, "bfloat16"),
+    Case(1, 65_536, 32, 8, 64, "bfloat16"),
+    Case(32, 2048, 32, 8, 128, "bfloat16"),  # Llama-3-8B
 ]
 
 
@@ -41,14 +43,14 @@ MORE_CASES = [
 def test_decode_attention(case, device, compare):
     B, filled, Hq, Hkv, E, _ = case
     dtype, scale = getattr(torch, case.dtype), E**-0.5
-    q = torch.randn(B, 1, Hq, E, device=device, dtype=dtype)
-    k, v = torch.randn(2, B, 2 * filled, Hkv, E, device=device, dtype=dtype)
     kv_len = torch.full((B,), filled, device=device)
-    out = torch.empty_like(q)
-    workspace = decode_attention_workspace(q, k) if device == "cuda" else None
     compiled = torch.compile(reference, dynamic=False)
 
-    def sdpa():
+    def inputs():
+        q = torch.randn(B, 1, Hq, E, device=device, dtype=dtype)
+        return q, *torch.randn(2, B, 2 * filled, Hkv, E, device=device, dtype=dtype)
+
+    def sdpa(q, k, v):
         return F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k[:, :filled].transpose(1, 2),
@@ -57,19 +59,25 @@ def test_decode_attention(case, device, compare):
             enable_gqa=Hq != Hkv,
         )
 
-    def ours():
-        return decode_attention(q, k, v, kv_len, scale=scale, out=out, workspace=workspace)
+    def providers():
+        qkv = q, k, _ = inputs()
+        out = torch.empty_like(q)
+        workspace = decode_attention_workspace(q, k) if device == "cuda" else None
+        mine = {"out": out, "workspace": workspace}
+        return {
+            "eager": lambda: reference(*qkv, kv_len, scale=scale),
+            "compile": lambda: compiled(*qkv, kv_len, scale=scale),
+            "sdpa": lambda: sdpa(*qkv),
+            "ours": lambda: decode_attention(*qkv, kv_len, scale=scale, **mine),
+        }
 
-    exact = reference(q.double(), k.double(), v.double(), kv_len, scale=scale)
-    eager = reference(q, k, v, kv_len, scale=scale)
-    assert_error_bounded(ours(), eager, exact, floor=FLOORS[dtype])
+    qkv = q, k, _ = inputs()
+    exact = reference(*(x.double() for x in qkv), kv_len, scale=scale)
+    eager = reference(*qkv, kv_len, scale=scale)
+    got = decode_attention(*qkv, kv_len, scale=scale)
+    assert_error_bounded(got, eager, exact, floor=FLOORS[dtype])
     compare(
-        {
-            "eager": lambda: reference(q, k, v, kv_len, scale=scale),
-            "compile": lambda: compiled(q, k, v, kv_len, scale=scale),
-            "sdpa": sdpa,
-            "ours": ours,
-        },
+        providers,
         device=device,
-        moved_bytes=k.nbytes + q.nbytes + out.nbytes,  # half of the slots, of k and of v
+        moved_bytes=k.nbytes + 2 * q.nbytes,  # half of the slots, of k and of v
     )

@@ -35,6 +35,9 @@ MORE_CASES = [
     Case(4, 50_257, 768, "bfloat16"),
     Case(16, 50_257, 768, "bfloat16"),
     Case(16, 50_257, 768, "float32"),
+    Case(1, 151_936, 1024, "bfloat16"),  # Qwen3-0.6B
+    Case(16, 151_936, 1024, "bfloat16"),
+    Case(16, 128_256, 2048, "bfloat16"),
     Case(1, 50_257, 768, "bfloat16", "margin"),
     Case(1, 50_257, 768, "bfloat16", "entropy"),
     Case(1, 50_257, 768, "bfloat16", "drawn"),
@@ -60,16 +63,21 @@ def test_exit_decision(case, device, compare):
         noise["seed"] = noise["offset"] = torch.arange(case.B, device=device)
     given = {"threshold": threshold, "criterion": criterion}
     check(h, head, criterion, **noise)
-    out = ExitDecision.empty(case.B, h.device)
-    workspace = exit_decision_workspace(h, head)
     compiled = torch.compile(linear_max_logsumexp, dynamic=False)
+
+    def providers():
+        states, weights = h.clone(), head.clone()
+        out = ExitDecision.empty(case.B, h.device)
+        mine = {"out": out, "workspace": exit_decision_workspace(states, weights)}
+        return {
+            "eager": lambda: reference(states, weights, **given, **noise),
+            "linear + max + logsumexp": lambda: linear_max_logsumexp(states, weights, threshold),
+            "compile": lambda: compiled(states, weights, threshold),
+            "ours": lambda: exit_decision(states, weights, **given, **noise, **mine),
+        }
+
     compare(
-        {
-            "eager": lambda: reference(h, head, **given, **noise),
-            "linear + max + logsumexp": lambda: linear_max_logsumexp(h, head, threshold),
-            "compile": lambda: compiled(h, head, threshold),
-            "ours": lambda: exit_decision(h, head, **given, **noise, out=out, workspace=workspace),
-        },
+        providers,
         device=device,
-        moved_bytes=h.nbytes + head.nbytes + sum(x.nbytes for x in out),
+        moved_bytes=h.nbytes + head.nbytes + 17 * case.B,
     )

@@ -55,15 +55,21 @@ def test_exit_gate(case, device, compare):
     out = torch.empty_like(threshold), torch.empty_like(threshold, dtype=torch.bool)
     exit_gate(*given, threshold=threshold, norm_weight=norm_weight, out=out)
     assert_error_bounded(out[0], eager, exact, floor=FLOORS[torch.float32])
-    compare(
-        {
-            "eager": lambda: reference(*given, threshold=threshold, norm_weight_D=norm_weight),
-            "unchecked": lambda: unchecked(*given, threshold, norm_weight),
-            "compile": lambda: compiled(*given, threshold, norm_weight),
+
+    def providers():
+        mine = [x.clone() for x in given]
+        own_out = tuple(torch.empty_like(x) for x in out)
+        return {
+            "eager": lambda: reference(*mine, threshold=threshold, norm_weight_D=norm_weight),
+            "unchecked": lambda: unchecked(*mine, threshold, norm_weight),
+            "compile": lambda: compiled(*mine, threshold, norm_weight),
             "ours": lambda: exit_gate(
-                *given, threshold=threshold, norm_weight=norm_weight, out=out
+                *mine, threshold=threshold, norm_weight=norm_weight, out=own_out
             ),
-        },
+        }
+
+    compare(
+        providers,
         device=device,
         moved_bytes=h.nbytes + weight.nbytes + norm_weight.nbytes + 9 * case.B,
     )

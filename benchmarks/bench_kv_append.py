@@ -50,15 +50,19 @@ def test_kv_append(case, device, compare):
     reference(*expected, k, v, position)
     kv_append(*cache, k, v, position)
     assert_same_bits(cache, expected)
-    arguments = (*cache, k, v, position)
     compiled = torch.compile(index_put, dynamic=False)
-    compare(
-        {
+
+    def providers():
+        arguments = (*cache.clone(), *qkv.clone().split(H, dim=2)[1:], position)
+        return {
             "reference": lambda: reference(*arguments),
             "index_put": lambda: index_put(*arguments),
             "compile": lambda: compiled(*arguments),
             "ours": lambda: kv_append(*arguments),
-        },
+        }
+
+    compare(
+        providers,
         device=device,
         moved_bytes=4 * k.nbytes,  # read and write, k and v
     )

@@ -36,21 +36,29 @@ def test_rms_norm(case, device, compare):
     dtype, eps = getattr(torch, case.dtype), 1e-5
     x = torch.randn(case.rows, case.D, device=device, dtype=dtype)
     weight = torch.randn(case.D, device=device, dtype=dtype)
-    # zeros, so that adding x over and over changes it as little as may be
-    sums = [torch.zeros_like(x) if case.residual else None for _ in range(4)]
+
+    def residual():
+        # zeros, so that adding x over and over changes it as little as may be
+        return torch.zeros_like(x) if case.residual else None
+
     compiled = torch.compile(reference, dynamic=False)
     out = torch.empty_like(x)
     exact = reference(x.double(), weight.double(), eps=eps)
-    eager = reference(x, weight, eps=eps, residual=sums[0])
+    eager = reference(x, weight, eps=eps, residual=residual())
     floor = FLOORS[dtype] * exact.abs().max().item()
-    rms_norm(x, weight, eps=eps, residual=sums[1], out=out)
+    rms_norm(x, weight, eps=eps, residual=residual(), out=out)
     assert_error_bounded(out, eager, exact, floor=floor)
+
+    def providers():
+        own_x, own_out, sums = x.clone(), out.clone(), [residual() for _ in range(3)]
+        return {
+            "F.rms_norm": lambda: reference(own_x, weight, eps=eps, residual=sums[0]),
+            "compile": lambda: compiled(own_x, weight, eps=eps, residual=sums[1]),
+            "ours": lambda: rms_norm(own_x, weight, eps=eps, residual=sums[2], out=own_out),
+        }
+
     compare(
-        {
-            "F.rms_norm": lambda: reference(x, weight, eps=eps, residual=sums[0]),
-            "compile": lambda: compiled(x, weight, eps=eps, residual=sums[2]),
-            "ours": lambda: rms_norm(x, weight, eps=eps, residual=sums[1], out=out),
-        },
+        providers,
         device=device,
         # a residual is read and written
         moved_bytes=(4 if case.residual else 2) * x.nbytes + weight.nbytes,

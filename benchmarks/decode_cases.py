@@ -18,6 +18,8 @@ from lego.model import LegoModel
 from lego.strategies import Strategy
 from lego_kernels.decoder.counts import Counts
 from lego_kernels.decoder.decoder import Decoder
+from lego_kernels.decoder.device_decoder import DeviceDecoder
+from lego_kernels.decoder.rows import NewToken
 
 PROMPT_TOKENS = 16
 SHAPES = {
@@ -53,6 +55,28 @@ SHAPES = {
         max_seq_len=2304,
     ),
 }
+# what only a GPU is asked for: GPT-2 124M's sizes, the MLP with as many weights, and Llama-3.2-1B
+SHAPES["gpt2"] = ModelConfig(
+    vocab_size=50257,
+    dim=768,
+    num_layers=12,
+    exit_layer=6,
+    num_heads=12,
+    num_kv_heads=12,
+    hidden_dim=2048,
+    max_seq_len=2304,
+)
+SHAPES["llama1b"] = ModelConfig(
+    vocab_size=128256,
+    dim=2048,
+    num_layers=16,
+    exit_layer=8,
+    num_heads=32,
+    num_kv_heads=8,
+    hidden_dim=8192,
+    rope_theta=500_000.0,
+    max_seq_len=2304,
+)
 # the experiment that this project starts from: ordinary upper layers, holes, some 70,000 words
 SHAPES["source"] = replace(SHAPES["seed"], vocab_size=70_000, upper_kv="own")
 
@@ -69,12 +93,13 @@ Runner = Callable[[Tensor, int], Run]
 
 
 @functools.lru_cache(maxsize=2)
-def random_model(shape: str, dtype: str, **changes: Any) -> LegoModel:
+def random_model(shape: str, dtype: str, device: str = "cpu", **changes: Any) -> LegoModel:
     """A model that says something new every step: with the usual initial values attention is flat
     and the embedding outweighs the layers, so that a tied head repeats one token for ever."""
     torch.manual_seed(0)
     config = replace(SHAPES[shape], **changes)
-    model = LegoModel(config).requires_grad_(False)
+    with torch.device(device):
+        model = LegoModel(config).requires_grad_(False)
     for block in (*model.lower, *model.upper):
         for projection in (block.attention.o_proj, block.mlp.down_proj):
             projection.weight *= 2 * (2 * config.num_layers) ** 0.5
@@ -96,10 +121,12 @@ def random_prompt(config: ModelConfig, num_tokens: int = PROMPT_TOKENS) -> Tenso
 class Engine:
     """The native decoder on one row, which can take its prompt again and again."""
 
+    decoder: Decoder | DeviceDecoder
+
     def __init__(self, model: LegoModel, num_slots: int, **options: Any) -> None:
         self.decoder = Decoder(decoder_weights(model), 1, num_slots, **options)
         self.confidence: list[float] = []
-        self._before = self.decoder.counts
+        self._before = replace(self.decoder.counts)
 
     @property
     def counts(self) -> Counts:
@@ -111,13 +138,32 @@ class Engine:
         decoder = self.decoder
         decoder.prefill([prompt])
         first = decoder.step()
-        self._before = decoder.counts
+        self._before = replace(decoder.counts)
         start = perf_counter()
-        rest = [decoder.step()[0] for _ in range(num_tokens - 1)]
+        rest = self._steps(num_tokens - 1)
         seconds = perf_counter() - start
         new = [*first, *rest]
         self.confidence = [n.confidence for n in new]
         return Run([n.token for n in new], [n.exit_layer for n in new], seconds / len(rest))
+
+    def _steps(self, num_tokens: int) -> list[NewToken]:
+        return [self.decoder.step()[0] for _ in range(num_tokens)]
+
+
+class DeviceEngine(Engine):
+    """The same by DeviceDecoder, on the model's device, which is kept a step ahead of the host."""
+
+    decoder: DeviceDecoder
+
+    def __init__(self, model: LegoModel, num_slots: int, **options: Any) -> None:
+        self.decoder = DeviceDecoder(decoder_weights(model), 1, num_slots, **options)
+        self.confidence = []
+        self._before = replace(self.decoder.counts)
+
+    def _steps(self, num_tokens: int) -> list[NewToken]:
+        self.decoder.launch()
+        new = [self.decoder.step()[0] for _ in range(num_tokens - 1)]
+        return [*new, *self.decoder.collect()]
 
 
 class EngineAt:
@@ -181,16 +227,17 @@ def logits_of(model: LegoModel, prompt: Tensor, run: Run) -> Tensor:
 
     All at once, in the dtype of the model: for full depth, and for exit-state models.
     """
+    device = model.embedding.weight.device
     ids = torch.cat((prompt, torch.tensor(run.tokens[:-1], dtype=torch.int64)))
-    states = model(ids[None])
+    states = model(ids[None].to(device))
     new = slice(len(prompt) - 1, None)
-    is_deep = torch.tensor(run.exit_layer) == model.config.num_layers
+    is_deep = torch.tensor(run.exit_layer, device=device) == model.config.num_layers
     logits = torch.where(
         is_deep[:, None],
         model.final_logits(states.final_state[0, new]),
         model.exit_logits(states.exit_state[0, new]),
     )
-    return logits.double()
+    return logits.double().cpu()
 
 
 def assert_greedy(model: LegoModel, prompt: Tensor, run: Run) -> None:
@@ -206,7 +253,8 @@ def assert_greedy(model: LegoModel, prompt: Tensor, run: Run) -> None:
 def _in_float32(model: LegoModel) -> LegoModel:
     if model.embedding.weight.dtype == torch.float32:
         return model
-    wide = LegoModel(model.config).requires_grad_(False)
+    with model.embedding.weight.device:
+        wide = LegoModel(model.config).requires_grad_(False)
     wide.load_state_dict(model.state_dict())
     return wide
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.decode_cases import Engine, Run
-from lego.config import Criterion, KVPolicy
+from lego.config import ModelConfig
 from lego.cost import elements_read, realised_savings, time_efficiency
-from lego.model import LegoModel
 from lego.timing import ratio_spread
 from lego_kernels.decoder.counts import Counts
 
@@ -25,9 +24,9 @@ class ForcedExit:
     """A decoder whose threshold lets about the wanted share of a generation exit."""
 
     engine: Engine
-    criterion: Criterion
     threshold: float
     run: Run
+    counts: Counts  # of the timed tokens
 
     def shallow_ratio(self, num_layers: int) -> float:
         """Of the tokens that are timed."""
@@ -35,35 +34,26 @@ class ForcedExit:
         return sum(depth < num_layers for depth in timed) / len(timed)
 
 
-def force_exit(
-    model: LegoModel,
-    prompt: Tensor,
-    num_tokens: int,
-    criterion: Criterion,
-    ratio: float,
-    kv_policy: KVPolicy | None = None,
-) -> ForcedExit:
+def force_exit(engine: Engine, prompt: Tensor, num_tokens: int, ratio: float) -> ForcedExit:
     """Bisect for the threshold: what is generated depends on it, so the ratio comes close at best.
 
-    A ratio of 0 takes a threshold of infinity.
+    engine: Made with a threshold; it keeps the one that is found. Ratios of 0 and 1 take infinite
+    ones.
     """
-    num_layers = model.config.num_layers
-    engine = Engine(
-        model,
-        len(prompt) + num_tokens,
-        threshold=math.inf,
-        criterion=criterion,
-        kv_policy=kv_policy,
-    )
+    num_layers = engine.decoder.weights.num_layers
 
     def attempt(threshold: float) -> ForcedExit:
         engine.decoder.set_threshold(threshold)
         run = engine(prompt, num_tokens)
-        threshold = between(engine.confidence, threshold)
-        return ForcedExit(engine=engine, criterion=criterion, threshold=threshold, run=run)
+        return ForcedExit(
+            engine=engine,
+            threshold=between(engine.confidence, threshold),
+            run=run,
+            counts=engine.counts,
+        )
 
-    best = attempt(math.inf)
-    if ratio == 0:
+    best = attempt(-math.inf if ratio == 1 else math.inf)
+    if ratio in (0, 1):
         return best
     low, high = min(engine.confidence), max(engine.confidence)
     threshold = float(torch.tensor(engine.confidence).quantile(1 - ratio))
@@ -88,18 +78,16 @@ def between(confidence: Sequence[float], threshold: float) -> float:
 
 
 def savings(
-    model: LegoModel,
+    config: ModelConfig,
     forced: ForcedExit,
     full_counts: Counts,
     full_seconds: Sequence[float],
     exit_seconds: Sequence[float],
 ) -> dict[str, Any]:
     """Speedup over full depth, measured and as counted bytes allow it, of paired seconds."""
-    config = model.config
-    true_cost = elements_read(config, forced.engine.counts) / elements_read(config, full_counts)
+    true_cost = elements_read(config, forced.counts) / elements_read(config, full_counts)
     speedup = ratio_spread(full_seconds, exit_seconds)
     return {
-        "criterion": forced.criterion,
         "threshold": forced.threshold,
         "shallow_ratio": forced.shallow_ratio(config.num_layers),
         "true_cost": true_cost,

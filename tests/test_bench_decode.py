@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import decode_cases
 from benchmarks.decode_cases import (
+    DeviceEngine,
     Engine,
     EngineAt,
     assert_greedy,
@@ -67,18 +68,34 @@ def test_plain_reading_yields_nothing_but_time(prompt):
     assert run.tokens == [] and run.seconds > 0
 
 
+def exiting(model, criterion="gate", engine=Engine):
+    return engine(model, 60, threshold=math.inf, criterion=criterion)
+
+
+@pytest.mark.parametrize("engine", [Engine, DeviceEngine])
 @pytest.mark.parametrize("criterion", ["gate", "max_prob"])
-def test_forced_exits_come_near(model, prompt, criterion):
-    forced = force_exit(model, prompt, 48, criterion, 0.5)
+def test_forced_exits_come_near(model, prompt, criterion, engine):
+    forced = force_exit(exiting(model, criterion, engine), prompt, 48, 0.5)
     assert abs(forced.shallow_ratio(model.config.num_layers) - 0.5) < 0.2
     again = forced.engine(prompt, 48)
     assert again[:2] == forced.run[:2]  # the threshold that is left decides as the best try did
 
 
-def test_no_exit_at_ratio_0(model, prompt):
-    forced = force_exit(model, prompt, TOKENS, "gate", 0)
-    assert forced.threshold == math.inf
-    assert forced.shallow_ratio(model.config.num_layers) == 0
+@pytest.mark.parametrize(("ratio", "threshold"), [(0, math.inf), (1, -math.inf)])
+def test_no_token_exits_or_all_do(model, prompt, ratio, threshold):
+    forced = force_exit(exiting(model), prompt, TOKENS, ratio)
+    assert forced.threshold == threshold
+    assert forced.shallow_ratio(model.config.num_layers) == ratio
+
+
+def test_device_engine_gives_the_same_a_step_ahead(model, prompt):
+    runs, counts = [], []
+    for kind in (Engine, DeviceEngine):
+        engine = exiting(model, engine=kind)
+        force_exit(engine, prompt, 40, 0.5)
+        runs.append(engine(prompt, 40)[:2])
+        counts.append((engine.counts.upper_layer_calls, engine.counts.head_calls))
+    assert runs[0] == runs[1] and counts[0] == counts[1]
 
 
 @pytest.mark.parametrize(
@@ -92,8 +109,8 @@ def test_between(confidence, threshold, expected):
 def test_savings_of_half_the_time(model, prompt):
     full = Engine(model, 60)
     full(prompt, 40)
-    forced = force_exit(model, prompt, 40, "gate", 0.9)
-    row = savings(model, forced, full.counts, [2.0, 2.0], [1.0, 1.0])
+    forced = force_exit(exiting(model), prompt, 40, 0.9)
+    row = savings(model.config, forced, full.counts, [2.0, 2.0], [1.0, 1.0])
     assert row["speedup"] == [2, 2, 2] and 0.4 < row["true_cost"] < 0.9
     assert row["ideal_speedup"] == pytest.approx(1 / row["true_cost"])
     assert row["realised_savings"] == pytest.approx(0.5 / (1 - row["true_cost"]))

@@ -130,6 +130,19 @@ class DeviceDecoder:
             self._window_rows = zeros(B, P)
             self._window_states = w.embedding.new_zeros(B * P, w.dim)
 
+    def set_threshold(self, threshold: float) -> None:
+        """What all rows' confidences are compared with in the steps launched from now on.
+
+        Raises: ValueError if it is NaN, or if the decoder was made without a threshold.
+        """
+        if not self.exits_early:
+            raise ValueError(
+                f"DeviceDecoder: set_threshold needs one from the start, got {threshold}"
+            )
+        if math.isnan(threshold):
+            raise ValueError("DeviceDecoder: threshold must not be NaN, got nan")
+        self._exits.threshold.fill_(threshold)
+
     def finish(self, rows: Sequence[int]) -> None:
         """These rows produce no more, what is in flight included; the others are not affected."""
         gone = set(rows).intersection(self.live)

@@ -65,7 +65,7 @@ class DeviceExits:
         self._decided = ExitDecision.empty(num_rows, like.device)
         self.exits = self._decided.exit
         never = math.inf if threshold is None else threshold
-        self._threshold = check_threshold("DeviceDecoder", never, num_rows, like=like)
+        self.threshold = check_threshold("DeviceDecoder", never, num_rows, like=like)
         self._temperature = torch.full((), sampling.noise_scale, device=like.device)
         seeds = [sampling.row_seed(row) for row in range(num_rows)]
         self._seed = torch.tensor(seeds, device=like.device)
@@ -85,7 +85,7 @@ class DeviceExits:
             h,
             w.gate.weight,
             w.gate.bias,
-            threshold=self._threshold,
+            threshold=self.threshold,
             norm_weight=w.exit_norm,
             eps=w.eps,
             out=(record.confidence, self.exits),
@@ -120,13 +120,13 @@ class DeviceExits:
             logits = F.linear(normed, w.head[: w.vocab_size]).float()
             out.lse.copy_(logits.logsumexp(dim=-1))
             out.confidence.copy_(confidence_of(logits, criterion))
-            torch.ge(out.confidence, self._threshold, out=out.exit)
+            torch.ge(out.confidence, self.threshold, out=out.exit)
             out.token.copy_(draw(logits, sampling, self._seed, length))
             return
         exit_decision(
             h,
             w.head,
-            threshold=self._threshold,
+            threshold=self.threshold,
             criterion=criterion,  # type: ignore[arg-type]
             norm_weight=norm,
             eps=w.eps,

@@ -130,7 +130,7 @@ def step_in_mode(mode: Mode, parts: StepParts) -> Callable[[], None]:
     if mode == "host_branch":
         return functools.partial(_run_on_host, parts)
     if parts.flags is None:
-        return _captured(parts.all)
+        return captured(parts.all)
     return _segments(parts) if mode == "segments" else _conditional(parts, parts.flags)
 
 
@@ -154,10 +154,10 @@ def _segments(parts: StepParts) -> Callable[[], None]:
     seen = torch.zeros(2, dtype=torch.bool, pin_memory=True)
     arrived = torch.cuda.Event()
     graphs = StepParts(
-        before=_captured(parts.before),
-        fill=_captured(parts.fill),
-        deep=_captured(parts.deep),
-        after=_captured(parts.after),
+        before=captured(parts.before),
+        fill=captured(parts.fill),
+        deep=captured(parts.deep),
+        after=captured(parts.after),
         flags=flags,
     )
 
@@ -176,9 +176,9 @@ def _conditional(parts: StepParts, flags: Tensor) -> Callable[[], None]:
 
     def capture() -> None:
         parts.before()
-        with _if_node(must_fill, 0):
+        with if_node(must_fill, 0):
             parts.fill()
-            with _if_node(must_deepen, 1):
+            with if_node(must_deepen, 1):
                 parts.deep()
         parts.after()
 
@@ -188,10 +188,10 @@ def _conditional(parts: StepParts, flags: Tensor) -> Callable[[], None]:
         with torch.cuda.stream(_body_stream(predicate, depth)):
             part()
         torch.cuda.synchronize()
-    return _captured(capture, warm_up=parts.all)
+    return captured(capture, warm_up=parts.all)
 
 
-def _captured(
+def captured(
     work: Callable[[], None], *, warm_up: Callable[[], None] | None = None
 ) -> Callable[[], None]:
     """A replay of a graph of the work, captured after one run of it, or of warm_up."""
@@ -217,7 +217,7 @@ def _body_stream(predicate: Tensor, depth: int) -> torch.cuda.ExternalStream:
 
 
 @contextmanager
-def _if_node(predicate: Tensor, depth: int) -> Iterator[None]:
+def if_node(predicate: Tensor, depth: int) -> Iterator[None]:
     """What is launched inside becomes the body of an IF node of the graph being captured."""
     _ops.begin_if.default(predicate, depth)
     try:

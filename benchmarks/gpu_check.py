@@ -1,0 +1,219 @@
+"""All that only a GPU can show, in one command: python -m benchmarks.gpu_check --out FOLDER
+
+Builds the native libraries, runs the tests marked `gpu`, compute-sanitizer over the ops, and the
+benchmarks of ops and decode step. Needs a checkout, a CUDA build of torch with its toolkit, and
+pytest with pytest-benchmark, pytest-xdist and hypothesis. Each part is a process with a time limit,
+and leaves FOLDER/part.json, also if it fails or is cut off; then the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import gpu_machine
+from lego.environment import environment
+
+ROOT = Path(__file__).parents[1]
+LOG_CHARACTERS = 6000  # of a part's output, from its end
+# what a sanitizer says last of each process
+_SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A command with a limit in seconds; `problem` says what is wrong with what it left, "" if
+    nothing, from its output and the outcomes of its tests."""
+
+    command: Sequence[str]
+    limit: float
+    problem: Callable[[str, Sequence[Mapping[str, Any]]], str]
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
+def problem_of_tests(output: str, outcomes: Sequence[Mapping[str, Any]]) -> str:
+    """Tests that failed, or none that ran."""
+    counts = Counter(outcome["outcome"] for outcome in outcomes)
+    if counts["failed"]:
+        return f"{counts['failed']} failed"
+    return "" if counts["passed"] else "no test ran"
+
+
+def problem_of_sanitizer(output: str, outcomes: Sequence[Mapping[str, Any]]) -> str:
+    """Errors that a process found, a process that said nothing, or what is wrong with the tests."""
+    found = [int(count) for count in _SUMMARY.findall(output)]
+    if not found:
+        return "the sanitizer gave no summary"
+    return (
+        f"the sanitizer found {sum(found)} errors" if sum(found) else problem_of_tests("", outcomes)
+    )
+
+
+def problem_of_build(output: str, outcomes: Sequence[Mapping[str, Any]]) -> str:
+    """Libraries that are not built: the build itself goes on without them."""
+    record = json.loads((ROOT / "lego_kernels" / "build_record.json").read_text(encoding="utf-8"))
+    missing = [name for name, each in record["libraries"].items() if each["status"] != "built"]
+    return f"{', '.join(missing)} not built" if missing else ""
+
+
+def pytest_command(*options: str) -> list[str]:
+    return [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.outcomes", *options]
+
+
+def _sanitized(tool: str, limit: float) -> Part:
+    """The op tests without torch's caching allocator, which would hide the ends of tensors; CUDA
+    graphs need it, and property tests take too long."""
+    sanitizer = ["compute-sanitizer", "--tool", tool, "--target-processes", "all"]
+    chosen = ["-m", "gpu", "-k", "not graph and not any_shape", "-n", "4", "tests/ops"]
+    return Part(
+        command=[*sanitizer, *pytest_command(*chosen)],
+        limit=limit,
+        problem=problem_of_sanitizer,
+        variables={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    )
+
+
+def _benchmarks(*options: str, limit: float) -> Part:
+    return Part(
+        command=pytest_command("--benchmark-only", "--full", *options),
+        limit=limit,
+        problem=problem_of_tests,
+    )
+
+
+# In this order; the limits add up to 8 minutes. The tests run the ops' benchmarks too, untimed, in
+# parallel: that checks them, and leaves what they compile in the caches of torch and Triton.
+PARTS: Mapping[str, Part] = {
+    "build": Part(
+        command=[sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        limit=120,
+        problem=problem_of_build,
+    ),
+    "tests": Part(
+        command=pytest_command(
+            *("-m", "gpu", "-n", "8", "--full", "--ignore=benchmarks/bench_device_decode.py"),
+            *("tests/ops", "tests/layers", "tests/decoder", "benchmarks"),
+        ),
+        limit=90,
+        problem=problem_of_tests,
+    ),
+    "memcheck": _sanitized("memcheck", 50),
+    "racecheck": _sanitized("racecheck", 40),
+    "exits": _benchmarks("benchmarks/bench_device_decode.py", limit=80),
+    "ops": _benchmarks("-k", "cuda", "benchmarks", limit=100),
+}
+
+
+def run_part(name: str, part: Part, out: Path) -> dict[str, Any]:
+    """Run one part, and leave what is known of it in out/name.json.
+
+    status: passed, failed, or timed out. `log` is the end of its output.
+    """
+    outcomes_path, log_path = (out / f"{name}.{kind}" for kind in ("jsonl", "log"))
+    command = [*part.command]
+    if "benchmarks.outcomes" in command:
+        command += ["--outcomes", str(outcomes_path)]
+    start, code = time.perf_counter(), _run(command, part, log_path)
+    output = log_path.read_text(encoding="utf-8", errors="replace")
+    outcomes = _outcomes(outcomes_path)
+    problem = part.problem(output, outcomes)
+    if code is None:
+        problem = f"cut off after {part.limit:.0f} s" + (f"; {problem}" if problem else "")
+    elif code != 0 and not problem:
+        problem = f"exit code {code}"
+    result = {
+        "part": name,
+        "status": "timed out" if code is None else "failed" if problem else "passed",
+        "problem": problem,
+        "seconds": time.perf_counter() - start,
+        "environment": environment() | {"command": shlex.join(command)} | gpu_machine(),
+        "counts": Counter(outcome["outcome"] for outcome in outcomes),
+        "outcomes": outcomes,
+        "log": output[-LOG_CHARACTERS:],
+    }
+    (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for path in (outcomes_path, log_path):
+        path.unlink(missing_ok=True)
+    return result
+
+
+def _run(command: Sequence[str], part: Part, log_path: Path) -> int | None:
+    """The exit code, None if the time was up: then all that it has started is ended too."""
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | part.variables,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            return process.wait(part.limit)
+        except BaseException as error:
+            os.killpg(process.pid, 9)
+            process.wait()
+            if isinstance(error, subprocess.TimeoutExpired):
+                return None
+            raise
+
+
+def _outcomes(path: Path) -> list[dict[str, Any]]:
+    """The tests that ended; a last line may have been cut."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for a JSON of each part")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--limit", type=float, help="seconds for each part, not its own limit")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print(f"gpu_check: needs a CUDA GPU; torch {torch.__version__} sees none", file=sys.stderr)
+        return 2
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = []
+    console = Console(width=120)
+    for name in options.parts:
+        part = PARTS[name]
+        if options.limit:
+            part = Part(**vars(part) | {"limit": options.limit})
+        console.print(f"{name}, {part.limit:.0f} s at most", highlight=False)
+        results.append(run_part(name, part, options.out.resolve()))
+    console.print(summary(results))
+    return int(any(result["status"] != "passed" for result in results))
+
+
+def summary(results: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table("part", "status", "seconds", "passed", "skipped", "problem")
+    for result in results:
+        counts = result["counts"]
+        table.add_row(
+            result["part"],
+            result["status"],
+            f"{result['seconds']:.0f}",
+            *(str(counts.get(outcome, 0)) for outcome in ("passed", "skipped")),
+            result["problem"],
+        )
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())
