@@ -30,7 +30,7 @@ from benchmarks.machine import gpu_machine
 from lego.environment import environment
 
 ROOT = Path(__file__).parents[1]
-LOG_CHARACTERS = 6000  # of a part's output, from its end
+LOG_CHARACTERS = 100_000  # of a part's output, from its end
 # what a sanitizer says last of each process
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
 
@@ -119,10 +119,11 @@ PARTS: Mapping[str, Part] = {
 }
 
 
-def run_part(name: str, part: Part, out: Path) -> dict[str, Any]:
+def run_part(name: str, part: Part, out: Path, commit: str | None = None) -> dict[str, Any]:
     """Run one part, and leave what is known of it in out/name.json.
 
-    status: passed, failed, or timed out. `log` is the end of its output.
+    status: passed, failed, or timed out. `log` is the end of its output. commit: Of a copy of a
+    checkout, which cannot tell itself.
     """
     outcomes_path, log_path = (out / f"{name}.{kind}" for kind in ("jsonl", "log"))
     command = [*part.command]
@@ -136,12 +137,14 @@ def run_part(name: str, part: Part, out: Path) -> dict[str, Any]:
         problem = f"cut off after {part.limit:.0f} s" + (f"; {problem}" if problem else "")
     elif code != 0 and not problem:
         problem = f"exit code {code}"
+    machine = environment() | {"command": shlex.join(command)} | gpu_machine()
+    machine["commit"] = machine["commit"] or commit
     result = {
         "part": name,
         "status": "timed out" if code is None else "failed" if problem else "passed",
         "problem": problem,
         "seconds": time.perf_counter() - start,
-        "environment": environment() | {"command": shlex.join(command)} | gpu_machine(),
+        "environment": machine,
         "counts": Counter(outcome["outcome"] for outcome in outcomes),
         "outcomes": outcomes,
         "log": output[-LOG_CHARACTERS:],
@@ -184,6 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for a JSON of each part")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--limit", type=float, help="seconds for each part, not its own limit")
+    parser.add_argument("--commit", help="what this is a copy of, where it has no .git")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(f"gpu_check: needs a CUDA GPU; torch {torch.__version__} sees none", file=sys.stderr)
@@ -196,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.limit:
             part = Part(**vars(part) | {"limit": options.limit})
         console.print(f"{name}, {part.limit:.0f} s at most", highlight=False)
-        results.append(run_part(name, part, options.out.resolve()))
+        results.append(run_part(name, part, options.out.resolve(), options.commit))
     console.print(summary(results))
     return int(any(result["status"] != "passed" for result in results))
 

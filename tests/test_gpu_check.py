@@ -72,10 +72,12 @@ def test_what_ran_is_kept_when_the_time_is_up(tmp_path):
     assert result["seconds"] < 30
 
 
-def test_a_crash_without_a_failed_test_is_a_failure(tmp_path):
+def test_a_crash_without_a_failed_test_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "environment", lambda: {"commit": None})
     script = "print('so far'); raise SystemExit(3)"
     part = Part(command=[sys.executable, "-c", script], limit=60, problem=lambda *_: "")
-    result = gpu_check.run_part("crash", part, tmp_path)
+    result = gpu_check.run_part("crash", part, tmp_path, "abc1234")
+    assert result["environment"]["commit"] == "abc1234"
     assert (result["status"], result["problem"]) == ("failed", "exit code 3")
     assert result["log"] == "so far\n"
 
