@@ -164,6 +164,7 @@ class Accelerated:
             exit_layers=exit_layers,
             confidences=confidences,
             kv_exact=self.kv_exact,
+            counts=decoder.counts,
         )
 
 

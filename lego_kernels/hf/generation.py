@@ -24,6 +24,7 @@ from transformers.generation import (
     StoppingCriteriaList,
 )
 
+from lego_kernels.decoder.counts import Counts
 from lego_kernels.decoder.rows import NewToken, Rows
 from lego_kernels.decoder.sampling import Sampling
 
@@ -35,11 +36,14 @@ class EarlyExitOutput(GenerateDecoderOnlyOutput):
     exit_layers: int64 [B, N], the layers a token went through, 0 for padding after a row's end.
     confidences: float32 [B, N], the criterion's value, NaN without a decision.
     kv_exact: whether every token left the keys and values that full depth computes for it.
+    counts: what the call ran, prompts included. exit_layers alone does not say: layers that a
+    token left out are run later where `recompute` settles them, and drafts may be in vain.
     """
 
     exit_layers: Tensor | None = None
     confidences: Tensor | None = None
     kv_exact: bool | None = None
+    counts: Counts | None = None
 
 
 def check_prompts(ids_BT: Tensor, mask_BT: Tensor | None) -> None:

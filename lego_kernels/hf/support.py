@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from transformers import (
     LlamaForCausalLM,
@@ -30,7 +31,8 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 def check_model(model: nn.Module) -> None:
     """Raise ValueError unless a decoder computes what the model computes.
 
-    Raises: RuntimeError if the CPU kernels are not loaded or the model is in training mode.
+    Raises: RuntimeError if the CPU kernels are not loaded, the model is in training mode or
+        autocast is on, of which the decoder would know nothing.
     """
     family = _family(type(model))
     if family is None:
@@ -38,6 +40,11 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(f"accelerate: model must be one of {names}, got {type(model).__name__}")
     if missing := library.NOT_LOADED["CPU"]:
         raise RuntimeError(f"accelerate: the CPU kernels must be loaded, got {missing}")
+    if torch.is_autocast_enabled("cpu"):
+        raise RuntimeError(
+            "accelerate: autocast must be off, got it on; cast the model instead: "
+            f"model.to({torch.get_autocast_dtype('cpu')})"
+        )
     _check_config(model.config)
     _check_modules(model, family)
     _check_rotary(model)

@@ -7,13 +7,12 @@ import pytest
 
 pytest.importorskip("transformers", reason="needs transformers (pip install 'lego-early-exit[hf]')")
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 from transformers.generation import StopStringCriteria
 
 from lego_kernels import library
 from lego_kernels.hf import accelerate
-from tests.hf.tiny_models import tiny_model
+from tests.hf.tiny_models import byte_tokenizer, tiny_model
 
 pytestmark = pytest.mark.skipif(
     bool(library.NOT_LOADED["CPU"]), reason=f"CPU kernels: {library.NOT_LOADED['CPU']}"
@@ -23,16 +22,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "layerskip.py"
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    characters = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, merges=[]))
-    characters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    characters.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=characters,
-        pad_token=alphabet[0],
-        padding_side="left",
-        model_input_names=["input_ids", "attention_mask"],
-    )
+    return byte_tokenizer()
 
 
 def test_example(tokenizer, tmp_path):
@@ -52,7 +42,6 @@ def test_stop_strings_as_a_criterion(tokenizer):
     batch = tokenizer("Once", return_tensors="pt")
     arguments = {**batch, "max_new_tokens": 20}
     new = model.generate(**arguments)[0, 4:].tolist()
-    # the alphabet begins with the 94 visible characters of ASCII
     stop = tokenizer.decode(next(token for token in new if token < 94))
     expected = model.generate(**arguments, stop_strings=stop, tokenizer=tokenizer)
     criteria = [StopStringCriteria(tokenizer, stop)]

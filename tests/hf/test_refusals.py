@@ -150,6 +150,15 @@ def test_training_mode():
         accelerate(model)
 
 
+def test_autocast():
+    """transformers would compute in the lower precision, the decoder not."""
+    fast = accelerate(tiny_model())
+    with torch.autocast("cpu", torch.bfloat16):
+        for call in (lambda: fast.generate(**PROMPTS), lambda: accelerate(tiny_model())):
+            with pytest.raises(RuntimeError, match=r"autocast must be off, .*to\(torch.bfloat16\)"):
+                call()
+
+
 def test_kernels_that_are_not_loaded(monkeypatch):
     monkeypatch.setitem(library.NOT_LOADED, "CPU", "no file")
     with pytest.raises(RuntimeError, match="the CPU kernels must be loaded, got no file"):

@@ -1,9 +1,12 @@
-"""Random tiny transformers models, one of each kind that accelerate() takes, and what they give."""
+"""Random tiny transformers models, one of each kind that accelerate() takes, and what runs them."""
 
 import copy
 
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from lego_kernels.hf import accelerated
 
 ROPE = {"rope_theta": 1e4, "factor": 4.0}
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
@@ -81,3 +84,31 @@ def cut(model, num_layers):
     kept = {name: p for name, p in model.state_dict().items() if name in shallow.state_dict()}
     shallow.load_state_dict(kept)
     return shallow
+
+
+def byte_tokenizer():
+    """A token for each of the 256 bytes, the first 94 of them visible ASCII characters: of these
+    the first pads and the second ends a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    characters = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, merges=[]))
+    characters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    characters.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=characters,
+        pad_token=alphabet[0],
+        eos_token=alphabet[1],
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def kept_decoders(monkeypatch):
+    """A list of the decoders that accelerated models make from now on, with and without exits."""
+    kept, make = [], accelerated.Decoder
+
+    def keep(*args, **options):
+        kept.append(make(*args, **options))
+        return kept[-1]
+
+    monkeypatch.setattr(accelerated, "Decoder", keep)
+    return kept
