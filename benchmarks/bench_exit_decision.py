@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lego.ops.exit_decision import exit_decision as reference
 from lego_kernels.ops.exit_decision import ExitDecision, exit_decision, exit_decision_workspace
-from tests.exit_decision_cases import check, inputs
+from tests.exit_decision_cases import check
 from tests.oracle import DEVICES
 
 
@@ -55,7 +55,9 @@ def linear_max_logsumexp(h: Tensor, head: Tensor, threshold: Tensor) -> tuple[Te
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_exit_decision(case, device, compare):
-    h, head = inputs((case.B, case.D, case.V), getattr(torch, case.dtype), device)
+    options = {"device": device, "dtype": getattr(torch, case.dtype)}
+    h = torch.randn(case.B, case.D, **options)
+    head = torch.randn(case.V, case.D, **options).mul_(2 * case.D**-0.5)
     threshold = torch.full((case.B,), 0.5, device=device)
     criterion, noise = case.decide, {}
     if case.decide == "drawn":

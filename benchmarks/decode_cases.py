@@ -121,10 +121,10 @@ def random_prompt(config: ModelConfig, num_tokens: int = PROMPT_TOKENS) -> Tenso
 class Engine:
     """The native decoder on one row, which can take its prompt again and again."""
 
-    decoder: Decoder | DeviceDecoder
+    Kind: type[Decoder] | type[DeviceDecoder] = Decoder
 
     def __init__(self, model: LegoModel, num_slots: int, **options: Any) -> None:
-        self.decoder = Decoder(decoder_weights(model), 1, num_slots, **options)
+        self.decoder = self.Kind(decoder_weights(model), 1, num_slots, **options)
         self.confidence: list[float] = []
         self._before = replace(self.decoder.counts)
 
@@ -153,12 +153,7 @@ class Engine:
 class DeviceEngine(Engine):
     """The same by DeviceDecoder, on the model's device, which is kept a step ahead of the host."""
 
-    decoder: DeviceDecoder
-
-    def __init__(self, model: LegoModel, num_slots: int, **options: Any) -> None:
-        self.decoder = DeviceDecoder(decoder_weights(model), 1, num_slots, **options)
-        self.confidence = []
-        self._before = replace(self.decoder.counts)
+    Kind = DeviceDecoder
 
     def _steps(self, num_tokens: int) -> list[NewToken]:
         self.decoder.launch()

@@ -88,7 +88,8 @@ def savings(
     true_cost = elements_read(config, forced.counts) / elements_read(config, full_counts)
     speedup = ratio_spread(full_seconds, exit_seconds)
     return {
-        "threshold": forced.threshold,
+        # JSON knows no infinity
+        "threshold": forced.threshold if math.isfinite(forced.threshold) else None,
         "shallow_ratio": forced.shallow_ratio(config.num_layers),
         "true_cost": true_cost,
         "ideal_speedup": 1 / true_cost,

@@ -1,9 +1,9 @@
 """All that only a GPU can show, in one command: python -m benchmarks.gpu_check --out FOLDER
 
 Builds the native libraries, runs the tests marked `gpu`, compute-sanitizer over the ops, and the
-benchmarks of ops and decode step. Needs a checkout, a CUDA build of torch with its toolkit, and
-pytest with pytest-benchmark, pytest-xdist and hypothesis. Each part is a process with a time limit,
-and leaves FOLDER/part.json, also if it fails or is cut off; then the others go on.
+benchmarks of ops and decode step. Needs a checkout, a CUDA build of torch, the CUDA toolkit, and
+what `pip install -e .[dev]` installs. Each part is a process with a time limit, and leaves
+FOLDER/part.json, also if it fails or is cut off; then the others go on.
 """
 
 from __future__ import annotations
@@ -31,8 +31,18 @@ from lego.environment import environment
 
 ROOT = Path(__file__).parents[1]
 LOG_CHARACTERS = 100_000  # of a part's output, from its end
-# what a sanitizer says last of each process
+OUTCOMES = "{outcomes}"  # in a command: the file for benchmarks.outcomes
+SANITIZED_WORKERS = 4
+# what a sanitizer says last of each process, and at once of what it finds
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
+_FOUND = re.compile(
+    r"^=+ (?:Error|Invalid|Misaligned|Program hit|Race|Warning: Race)", re.MULTILINE
+)
+# those with kernels for CUDA
+OPS = (
+    *("compact", "decode_attention", "exit_decision", "exit_gate", "kv_append", "rms_norm"),
+    *("rope_kv_append", "swiglu"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,33 +65,37 @@ def problem_of_tests(output: str, outcomes: Sequence[Mapping[str, Any]]) -> str:
 
 
 def problem_of_sanitizer(output: str, outcomes: Sequence[Mapping[str, Any]]) -> str:
-    """Errors that a process found, a process that said nothing, or what is wrong with the tests."""
-    found = [int(count) for count in _SUMMARY.findall(output)]
-    if not found:
-        return "the sanitizer gave no summary"
-    return (
-        f"the sanitizer found {sum(found)} errors" if sum(found) else problem_of_tests("", outcomes)
-    )
+    """What was found, a worker without a summary, or what is wrong with the tests."""
+    summaries = [int(count) for count in _SUMMARY.findall(output)]
+    if found := max(sum(summaries), len(_FOUND.findall(output))):
+        return f"the sanitizer found {found} errors or hazards"
+    if len(summaries) < SANITIZED_WORKERS:
+        return f"the sanitizer gave {len(summaries)} summaries for {SANITIZED_WORKERS} workers"
+    return problem_of_tests(output, outcomes)
 
 
 def problem_of_build(output: str, outcomes: Sequence[Mapping[str, Any]]) -> str:
     """Libraries that are not built: the build itself goes on without them."""
-    record = json.loads((ROOT / "lego_kernels" / "build_record.json").read_text(encoding="utf-8"))
-    missing = [name for name, each in record["libraries"].items() if each["status"] != "built"]
+    path = ROOT / "lego_kernels" / "build_record.json"
+    if not path.exists():
+        return "the build left no record"
+    libraries = json.loads(path.read_text(encoding="utf-8"))["libraries"]
+    missing = [name for name, each in libraries.items() if each["status"] != "built"]
     return f"{', '.join(missing)} not built" if missing else ""
 
 
 def pytest_command(*options: str) -> list[str]:
-    return [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.outcomes", *options]
+    command = [sys.executable, "-m", "pytest", "-q", "--continue-on-collection-errors"]
+    return [*command, "-p", "benchmarks.outcomes", "--outcomes", OUTCOMES, *options]
 
 
 def _sanitized(tool: str, limit: float) -> Part:
-    """The op tests without torch's caching allocator, which would hide the ends of tensors; CUDA
-    graphs need it, and property tests take too long."""
+    """Every fifth op test, without torch's caching allocator, which would hide the ends of tensors;
+    CUDA graphs need it, and property tests take too long."""
     sanitizer = ["compute-sanitizer", "--tool", tool, "--target-processes", "all"]
-    chosen = ["-m", "gpu", "-k", "not graph and not any_shape", "-n", "4", "tests/ops"]
+    tests = ["-m", "gpu", "-k", "not graph and not any_shape", "--every", "5", "tests/ops"]
     return Part(
-        command=[*sanitizer, *pytest_command(*chosen)],
+        command=[*sanitizer, *pytest_command("-n", str(SANITIZED_WORKERS), *tests)],
         limit=limit,
         problem=problem_of_sanitizer,
         variables={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
@@ -96,26 +110,32 @@ def _benchmarks(*options: str, limit: float) -> Part:
     )
 
 
+_OP_BENCHMARKS = [f"benchmarks/bench_{op}.py" for op in OPS]
 # In this order; the limits add up to 8 minutes. The tests run the ops' benchmarks too, untimed, in
 # parallel: that checks them, and leaves what they compile in the caches of torch and Triton.
 PARTS: Mapping[str, Part] = {
     "build": Part(
-        command=[sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
-        limit=120,
+        # a record of an older build would say nothing of this one
+        command=[
+            *("sh", "-c", 'rm -f lego_kernels/build_record.json && exec "$0" "$@"'),
+            *(sys.executable, "setup.py", "-q", "build_ext", "--inplace"),
+        ],
+        limit=90,
         problem=problem_of_build,
     ),
     "tests": Part(
         command=pytest_command(
-            *("-m", "gpu", "-n", "8", "--full", "--ignore=benchmarks/bench_device_decode.py"),
-            *("tests/ops", "tests/layers", "tests/decoder", "benchmarks"),
+            *("-m", "gpu", "-n", "6", "--full", *_OP_BENCHMARKS),
+            *("tests/decoder", "tests/layers", "tests/ops"),
         ),
-        limit=90,
+        limit=110,
         problem=problem_of_tests,
+        variables={"TORCHINDUCTOR_COMPILE_THREADS": "1"},
     ),
     "memcheck": _sanitized("memcheck", 50),
     "racecheck": _sanitized("racecheck", 40),
-    "exits": _benchmarks("benchmarks/bench_device_decode.py", limit=80),
-    "ops": _benchmarks("-k", "cuda", "benchmarks", limit=100),
+    "exits": _benchmarks("benchmarks/bench_device_decode.py", limit=100),
+    "ops": _benchmarks("-k", "cuda", *_OP_BENCHMARKS, limit=90),
 }
 
 
@@ -126,14 +146,14 @@ def run_part(name: str, part: Part, out: Path, commit: str | None = None) -> dic
     checkout, which cannot tell itself.
     """
     outcomes_path, log_path = (out / f"{name}.{kind}" for kind in ("jsonl", "log"))
-    command = [*part.command]
-    if "benchmarks.outcomes" in command:
-        command += ["--outcomes", str(outcomes_path)]
+    command = [str(outcomes_path) if word == OUTCOMES else word for word in part.command]
     start, code = time.perf_counter(), _run(command, part, log_path)
     output = log_path.read_text(encoding="utf-8", errors="replace")
     outcomes = _outcomes(outcomes_path)
     problem = part.problem(output, outcomes)
-    if code is None:
+    if isinstance(code, OSError):
+        problem = str(code)
+    elif code is None:
         problem = f"cut off after {part.limit:.0f} s" + (f"; {problem}" if problem else "")
     elif code != 0 and not problem:
         problem = f"exit code {code}"
@@ -155,17 +175,23 @@ def run_part(name: str, part: Part, out: Path, commit: str | None = None) -> dic
     return result
 
 
-def _run(command: Sequence[str], part: Part, log_path: Path) -> int | None:
-    """The exit code, None if the time was up: then all that it has started is ended too."""
+def _run(command: Sequence[str], part: Part, log_path: Path) -> int | OSError | None:
+    """The exit code, or why it did not start, or None if the time was up: then all that it has
+    started is ended too."""
+    toolkit = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    path = os.pathsep.join((os.environ.get("PATH", os.defpath), f"{toolkit}/bin"))
     with log_path.open("wb") as log:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=os.environ | part.variables,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        try:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | {"PATH": path} | part.variables,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            return error
         try:
             return process.wait(part.limit)
         except BaseException as error:

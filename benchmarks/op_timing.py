@@ -6,6 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -19,31 +20,46 @@ MAX_SETS = 64
 IN_GRAPH = ", in a graph"
 
 
-def op_rounds(
-    providers: Providers, *, device: str, moved_bytes: int
-) -> dict[str, Callable[[], float]]:
-    """A round of calls of each provider, which returns the seconds of one.
+class OpRounds(NamedTuple):
+    """By provider a round of calls, which returns the seconds of one; and what goes with them."""
 
-    On a GPU the calls take turns over sets of tensors that are twice its L2 together (64 sets at
-    most), so that operands come from memory; flushing the cache instead would leave it full of
-    what has to be written back while the op is timed. Besides plain calls, launched one by one,
-    there is a graph of them for every provider that does not wait for the device.
+    rounds: dict[str, Callable[[], float]]
+    num_sets: int  # of tensors that the calls take turns over
+    not_in_graph: dict[str, str]  # providers without such rounds, and why
+
+
+def op_rounds(providers: Providers, *, device: str, moved_bytes: int) -> OpRounds:
+    """Rounds of plain calls, launched one by one, and on a GPU of a CUDA graph of them too.
+
+    There the calls take turns over sets of tensors that are four times its L2 together, as far as
+    64 sets reach, so that large operands come from memory. Flushing the cache instead would leave
+    it full of what has to be written back while the op is timed.
     """
     if device == "cpu":
-        return {name: _cpu_round(call) for name, call in providers().items()}
-    sets = [providers() for _ in range(num_sets(moved_bytes, _l2_bytes()))]
-    rounds = {}
+        rounds = {name: _cpu_round(call) for name, call in providers().items()}
+        return OpRounds(rounds, 1, {})
+    sets = [providers() for _ in range(num_sets(moved_bytes, l2_bytes()))]
+    rounds, not_in_graph = {}, {}
     for name in sets[0]:
         calls = [each[name] for each in sets]
         run = functools.partial(_run, calls)
         rounds[name] = gpu_round(run, len(calls))
-        if not waits(calls[0]):
-            rounds[name + IN_GRAPH] = gpu_round(captured(run), len(calls))
-    return rounds
+        try:
+            if waits(calls[0]):
+                not_in_graph[name] = "the host waits for the device"
+            else:
+                rounds[name + IN_GRAPH] = gpu_round(captured(run), len(calls))
+        except RuntimeError as error:
+            not_in_graph[name] = str(error)
+    return OpRounds(rounds, len(sets), not_in_graph)
 
 
 def num_sets(moved_bytes: int, l2_bytes: int) -> int:
-    return max(2, min(MAX_SETS, math.ceil(2 * l2_bytes / moved_bytes)))
+    return max(2, min(MAX_SETS, math.ceil(4 * l2_bytes / moved_bytes)))
+
+
+def l2_bytes() -> int:
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
 
 
 def waits(call: Call) -> bool:
@@ -83,11 +99,7 @@ def _large(device: str) -> int:
 def _best(call: Call, device: str) -> float:
     timed = _timed_on_cpu if device == "cpu" else _timed_on_gpu
     call()
-    return min(timed(call, 1) for _ in range(5))
-
-
-def _l2_bytes() -> int:
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    return min(timed(call, 8) for _ in range(5))  # a launch counts for nothing then
 
 
 def _run(calls: Sequence[Call]) -> None:

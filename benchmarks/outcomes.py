@@ -1,6 +1,7 @@
 """A pytest plugin that writes a line of JSON for every test as it ends: --outcomes FILE.
 
-What was done is kept when a run is cut off. A benchmark's line has its extra_info too.
+What was done is kept when a run is cut off. A benchmark's line has its extra_info too. With
+--every N only each Nth of the chosen tests runs.
 """
 
 from __future__ import annotations
@@ -17,11 +18,17 @@ _MESSAGE_CHARACTERS = 4000  # of a failure, from its end
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--outcomes", type=Path, required=True, help="where the lines go")
+    parser.addoption("--every", type=int, default=1, help="run each Nth test alone")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # workers report to the process that has started them
         config.pluginmanager.register(_Outcomes(config.getoption("--outcomes")))
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items[:] = items[:: config.getoption("--every")]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -89,6 +89,9 @@ cudaGraph_t add_if_node(cudaStream_t stream, cudaGraphConditionalHandle handle) 
 
 int64_t if_stream_cuda(const Tensor& predicate, int64_t depth) {
   const lego::LaunchGuard guard(predicate);
+  // loads the kernel, which no capture should have to
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, lego::set_condition_kernel), "cudaFuncGetAttributes");
   return reinterpret_cast<int64_t>(body_stream(predicate.get_device_index(), depth));
 }
 

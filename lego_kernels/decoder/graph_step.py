@@ -185,7 +185,7 @@ def _conditional(parts: StepParts, flags: Tensor) -> Callable[[], None]:
     # where cuBLAS has no workspace for a stream yet it would allocate one in the body's capture
     torch.cuda.synchronize()
     for part, predicate, depth in ((parts.fill, must_fill, 0), (parts.deep, must_deepen, 1)):
-        with torch.cuda.stream(_body_stream(predicate, depth)):
+        with torch.cuda.stream(body_stream(predicate, depth)):
             part()
         torch.cuda.synchronize()
     return captured(capture, warm_up=parts.all)
@@ -211,7 +211,7 @@ def _capture_stream(device_index: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device_index)
 
 
-def _body_stream(predicate: Tensor, depth: int) -> torch.cuda.ExternalStream:
+def body_stream(predicate: Tensor, depth: int) -> torch.cuda.ExternalStream:
     address = _ops.if_stream.default(predicate, depth)
     return torch.cuda.ExternalStream(address, device=predicate.device)
 
@@ -221,7 +221,7 @@ def if_node(predicate: Tensor, depth: int) -> Iterator[None]:
     """What is launched inside becomes the body of an IF node of the graph being captured."""
     _ops.begin_if.default(predicate, depth)
     try:
-        with torch.cuda.stream(_body_stream(predicate, depth)):
+        with torch.cuda.stream(body_stream(predicate, depth)):
             yield
     finally:
         _ops.end_if.default(predicate, depth)
