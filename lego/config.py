@@ -16,6 +16,7 @@ UpperKV = Literal["exit_state", "own"]
 Criterion = Literal["max_prob", "margin", "entropy", "gate"]
 KVPolicy = Literal["exact", "hole", "propagate", "recompute"]
 Recipe = Literal["lego", "joint"]
+RopeType = Literal["default", "linear", "llama3"]
 TokenizerKind = Literal["bpe", "word"]
 
 
@@ -53,6 +54,12 @@ class ModelConfig:
         max_seq_len: Positions that a cache may hold.
         upper_kv: Where upper layers take keys and values from: the exit state or their own stream.
         rope_theta: Base of the rotary angles.
+        rope_type: Which rotary frequencies are scaled: none, all (linear) or low ones (llama3).
+        rope_factor: What scaled frequencies are divided by; 1 if none are.
+        rope_low_freq_factor: Turns in rope_original_seq_len up to which a frequency is low;
+            llama3 alone.
+        rope_high_freq_factor: Turns from which it is not; between the two it is in part.
+        rope_original_seq_len: Positions before the scaling.
         norm_eps: Added to the mean square by every norm.
         qk_norm: Normalise queries and keys by head.
         qkv_bias: Biases in the query, key and value projections.
@@ -69,6 +76,11 @@ class ModelConfig:
     max_seq_len: int = 512
     upper_kv: UpperKV = "exit_state"
     rope_theta: float = 10000.0
+    rope_type: RopeType = "default"
+    rope_factor: float = 1.0
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_seq_len: int = 8192
     norm_eps: float = 1e-5
     qk_norm: bool = False
     qkv_bias: bool = False
@@ -99,6 +111,35 @@ class ModelConfig:
         )
         _require(self.max_seq_len >= 2, "ModelConfig.max_seq_len", "must be >= 2", self.max_seq_len)
         _require_choice("ModelConfig.upper_kv", self.upper_kv, UpperKV)
+        self._check_rope()
+
+    def _check_rope(self) -> None:
+        _require_choice("ModelConfig.rope_type", self.rope_type, RopeType)
+        factor, low, high = self.rope_factor, self.rope_low_freq_factor, self.rope_high_freq_factor
+        name = "ModelConfig.rope_factor"
+        _require(1 <= factor < float("inf"), name, "must be finite and >= 1", factor)
+        unscaled = self.rope_type == "default"
+        _require(factor == 1 or not unscaled, name, "must be 1 with rope_type='default'", factor)
+        _require(
+            0 < low < high < float("inf"),
+            "ModelConfig.rope_low_freq_factor",
+            f"must be in (0, rope_high_freq_factor={high})",
+            low,
+        )
+        _require(
+            self.rope_original_seq_len >= 1,
+            "ModelConfig.rope_original_seq_len",
+            "must be >= 1",
+            self.rope_original_seq_len,
+        )
+
+    @property
+    def rope_band(self) -> tuple[float, float] | None:
+        """The two freq_factors of llama3 in turns per position; None for other types."""
+        if self.rope_type != "llama3":
+            return None
+        length = self.rope_original_seq_len
+        return self.rope_low_freq_factor / length, self.rope_high_freq_factor / length
 
     @property
     def head_dim(self) -> int:

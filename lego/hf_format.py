@@ -30,6 +30,18 @@ _SIZES = {
     "hidden_dim": "intermediate_size",
     "max_seq_len": "max_position_embeddings",
 }
+_ORIGINAL_LEN = "original_max_position_embeddings"
+# what scales the rotary frequencies, by their names
+_ROPE: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"rope_factor": "factor"},
+    "llama3": {
+        "rope_factor": "factor",
+        "rope_low_freq_factor": "low_freq_factor",
+        "rope_high_freq_factor": "high_freq_factor",
+        "rope_original_seq_len": _ORIGINAL_LEN,
+    },
+}
 
 
 def model_type(config: ModelConfig) -> str:
@@ -53,7 +65,7 @@ def to_hf_config(config: ModelConfig, dtype: torch.dtype, end_of_text_id: int) -
         "hidden_act": "silu",
         "attention_bias": config.qkv_bias,
         "rms_norm_eps": config.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": _scaling(config) | {"rope_theta": config.rope_theta},
         # where transformers before 5, and others, look for it
         "rope_theta": config.rope_theta,
         "tie_word_embeddings": config.tie_embeddings,
@@ -62,7 +74,14 @@ def to_hf_config(config: ModelConfig, dtype: torch.dtype, end_of_text_id: int) -
         "eos_token_id": end_of_text_id,
         "pad_token_id": None,
     }
+    if config.rope_type != "default":
+        values["rope_scaling"] = _scaling(config)
     return values
+
+
+def _scaling(config: ModelConfig) -> dict[str, Any]:
+    numbers = {theirs: getattr(config, ours) for ours, theirs in _ROPE[config.rope_type].items()}
+    return {"rope_type": config.rope_type} | numbers
 
 
 def from_hf_config(values: Mapping[str, Any], exit_layer: int) -> ModelConfig:
@@ -84,14 +103,12 @@ def from_hf_config(values: Mapping[str, Any], exit_layer: int) -> ModelConfig:
     heads = values["num_attention_heads"]
     num_kv_heads = values.get("num_key_value_heads") or (heads if kind == "llama" else 0)
     _require(num_kv_heads > 0, "num_key_value_heads", "there", "none")
-    rope = _rope(values)
     config = ModelConfig(
         **{ours: values[theirs] for ours, theirs in _SIZES.items()},
         exit_layer=exit_layer,
         num_kv_heads=num_kv_heads,
         upper_kv="own",
-        # of all four architectures, where a file names none
-        rope_theta=rope.get("rope_theta", 10000.0),
+        **_rope(values),
         norm_eps=eps,
         qk_norm=kind == "qwen3",
         qkv_bias=kind == "qwen2" or (kind != "mistral" and bool(values.get("attention_bias"))),
@@ -124,16 +141,32 @@ def _require_plain(values: Mapping[str, Any]) -> None:
 
 
 def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary parameters, wherever a version of transformers puts them."""
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    """Our rotary fields, from wherever a version of transformers puts their parameters."""
+    # of a file with both, transformers 5 takes the older entry
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    _require(kind == "default", "rope_type", "default: our model scales no angles", kind)
+    _require(kind in _ROPE, "rope_type", f"one of {', '.join(_ROPE)}", kind)
     nested = [name for name, value in rope.items() if isinstance(value, Mapping)]
     _require(not nested, "rope_parameters", "those of every layer alike", ", ".join(nested))
     share = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
     _require(share == 1.0, "partial_rotary_factor", "1.0", share)
+    if kind == "llama3" and (length := values.get(_ORIGINAL_LEN)) is not None:
+        # transformers 5 takes this one, older ones that of the scaling
+        rule = f"{length}, as beside rope_parameters"
+        _require(rope.get(_ORIGINAL_LEN) == length, _ORIGINAL_LEN, rule, rope.get(_ORIGINAL_LEN))
+    numbers = {ours: _number(rope, theirs) for ours, theirs in _ROPE[kind].items()}
     theta = rope.get("rope_theta", values.get("rope_theta"))
-    return {} if theta is None else {"rope_theta": float(theta)}
+    # of all four architectures, where a file names none
+    return numbers | {"rope_type": kind, "rope_theta": 10000.0 if theta is None else float(theta)}
+
+
+def _number(rope: Mapping[str, Any], name: str) -> int | float:
+    value: Any = rope.get(name)
+    if name == _ORIGINAL_LEN:
+        _require(type(value) is int, name, "a whole number", repr(value))
+        return int(value)
+    _require(type(value) in (int, float), name, "a number", repr(value))
+    return float(value)
 
 
 def tensor_names(config: ModelConfig) -> dict[str, dict[str, int]]:

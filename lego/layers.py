@@ -41,7 +41,13 @@ class Rotary(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        cos, sin = rotary_tables(config.head_dim, config.max_seq_len, config.rope_theta)
+        cos, sin = rotary_tables(
+            config.head_dim,
+            config.max_seq_len,
+            config.rope_theta,
+            factor=config.rope_factor,
+            band=config.rope_band,
+        )
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 

@@ -55,8 +55,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self._config_file, tomli_w.dumps(values))
             return
-        self.config()  # a damaged one is told apart from another one
-        saved = self._read()
+        # what a folder made before a field was there lacks is its default
+        saved = to_toml(self.config())
+        saved["data"]["sha256"] = self._read()["data"]["sha256"]
         for section in values:
             for name in sorted(values[section].keys() | saved[section].keys()):
                 ours, theirs = values[section].get(name), saved[section].get(name)

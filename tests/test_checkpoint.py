@@ -46,6 +46,24 @@ def test_round_trip(tmp_path, tied, upper_kv, calibration):
     assert found.tokenizer.backend.to_str() == ours.tokenizer.backend.to_str()
 
 
+def test_rope_scaling(tmp_path):
+    """Its fields come back; a file from before they were there has none of it."""
+    scaling = {"rope_type": "llama3", "rope_factor": 8.0, "rope_original_seq_len": 16}
+    ours = tiny_checkpoint(**scaling)
+    save_checkpoint(tmp_path / "a", ours)
+    found = load_checkpoint(tmp_path / "a").model
+    assert found.config == ours.model.config
+    assert torch.equal(found.rotary.cos, ours.model.rotary.cos)
+    path = tmp_path / "a" / "config.json"
+    config = json.loads(path.read_text())
+    fields = {k: v for k, v in config["model"].items() if k == "rope_theta" or "rope" not in k}
+    path.write_text(json.dumps(config | {"model": fields}))
+    plain = tiny_checkpoint().model
+    older = load_checkpoint(tmp_path / "a").model
+    assert older.config == plain.config and torch.equal(older.rotary.cos, plain.rotary.cos)
+    assert not torch.equal(older.rotary.cos, ours.model.rotary.cos)
+
+
 def test_dense(tmp_path):
     ours = tiny_checkpoint()
     dense = replace(ours, model=type(ours.model)(ours.model.config.dense(3)))

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,21 @@ def test_train_then_run(tmp_path, capsys):
     assert json.loads(out)["criteria"] == whole["criteria"]
 
 
+def test_train_with_scaled_angles(tmp_path):
+    args = {"type": "llama3", "factor": 8, "low-freq-factor": 0.5, "original-seq-len": 16}
+    more = [str(x) for name, value in args.items() for x in (f"--model.rope-{name}", value)]
+    data = finished_run()[1]
+    command = ["train", *run_args(data, tmp_path, *more, "--train.max-tokens", "400")[1:]]
+    assert run_command(command) == 0
+    config = RunFolder(tmp_path).config().model
+    assert (config.rope_type, config.rope_factor, config.rope_original_seq_len) == ("llama3", 8, 16)
+    assert config.rope_band == (0.5 / 16, 4.0 / 16)
+    trained = load_checkpoint(tmp_path / "checkpoint").model.config
+    assert trained == replace(config, vocab_size=trained.vocab_size)
+    assert run_command(command) == 0  # it goes on from there
+    assert run_command([*command, "--model.rope-factor", "4"]) == 2
+
+
 def test_evaluate(capsys):
     folder = finished_run()[0]
     assert run_command(["evaluate", str(folder), "--json"]) == 0
@@ -166,6 +182,8 @@ def test_bad_configuration(tmp_path, capsys, more, message):
         ["run", "--train.epochs", "many"],
         ["run", "--model.upper-kv", "none"],
         ["run", "--model.dim", "17"],
+        ["run", "--model.rope-type", "yarn"],
+        ["run", "--model.rope-factor", "8"],
         ["train", "--train.learning-rate", "nan"],
         ["generate", "run", "--prompt", "x", "--mode", "none"],
         ["generate", "run"],

@@ -23,6 +23,8 @@ SHAPES = {
     "qkv_bias": {"qkv_bias": True},
     "all": {"qk_norm": True, "qkv_bias": True, "tie_embeddings": False, "num_layers": 5},
     "dense": {"exit_layer": 4},
+    "linear": {"rope_type": "linear", "rope_factor": 2.0},
+    "llama3": {"rope_type": "llama3", "rope_factor": 8.0, "rope_original_seq_len": 16},
 }
 FILES = {"config.json", "generation_config.json", "lego", "model.safetensors"}
 FILES |= {"tokenizer.json", "tokenizer_config.json"}
@@ -228,8 +230,12 @@ def test_config_that_our_model_cannot_hold(tmp_path, capsys, name):
 @pytest.mark.parametrize(
     ("rope", "message"),
     [
-        ({"rope_type": "llama3", "factor": 8.0}, "rope_type must be default: our model scales"),
-        ({"type": "linear", "factor": 2.0}, "rope_type must be default"),
+        ({"rope_type": "yarn", "factor": 8.0}, "must be one of default, linear, llama3, got yarn"),
+        ({"rope_type": "llama3", "factor": 8.0}, "low_freq_factor must be a number, got None"),
+        (
+            {"type": "linear", "factor": 0.5},
+            "ModelConfig.rope_factor: must be finite and >= 1, got",
+        ),
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor must be"),
         ({"full_attention": {"rope_type": "linear"}}, "must be those of every layer alike"),
     ],

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import FrozenInstanceError, fields, replace
+from functools import partial
 
 import pytest
 
@@ -14,6 +15,8 @@ from lego.config import (
     TimingConfig,
     TrainConfig,
 )
+
+LLAMA3 = partial(ModelConfig, rope_type="llama3")
 
 
 @pytest.mark.parametrize(
@@ -31,6 +34,23 @@ from lego.config import (
         (ModelConfig, {"exit_layer": 5}, "exit_layer: must be in [1, num_layers=4], got 5"),
         (ModelConfig, {"max_seq_len": 1}, "max_seq_len: must be >= 2, got 1"),
         (ModelConfig, {"upper_kv": "x"}, "upper_kv: must be one of ('exit_state', 'own'), got 'x'"),
+        (
+            ModelConfig,
+            {"rope_type": "yarn"},
+            "rope_type: must be one of ('default', 'linear', 'lla",
+        ),
+        (LLAMA3, {"rope_factor": 0.5}, "rope_factor: must be finite and >= 1, got 0.5"),
+        (LLAMA3, {"rope_factor": math.nan}, "rope_factor: must be finite and >= 1, got nan"),
+        (LLAMA3, {"rope_factor": math.inf}, "rope_factor: must be finite and >= 1, got inf"),
+        (ModelConfig, {"rope_factor": 8.0}, "rope_factor: must be 1 with rope_type='default', got"),
+        (
+            LLAMA3,
+            {"rope_low_freq_factor": 4.0},
+            "rope_low_freq_factor: must be in (0, rope_high_freq_factor=4.0), got 4.0",
+        ),
+        (LLAMA3, {"rope_low_freq_factor": 0.0}, "rope_low_freq_factor: must be in (0, rope_high"),
+        (LLAMA3, {"rope_high_freq_factor": math.inf}, "rope_low_freq_factor: must be in (0, rope"),
+        (LLAMA3, {"rope_original_seq_len": 0}, "rope_original_seq_len: must be >= 1, got 0"),
         (DataConfig, {"name": ""}, "name: must not be empty, got ''"),
         (DataConfig, {"vocab_size": 257}, "vocab_size: must be >= 258, got 257"),
         (DataConfig, {"tokenizer": "c"}, "tokenizer: must be one of ('bpe', 'word'), got 'c'"),
@@ -67,7 +87,8 @@ from lego.config import (
 def test_bad_value(make, changes, message):
     with pytest.raises(ValueError) as error:
         make(**changes)
-    assert str(error.value).startswith(f"{make.__name__}.{message}")
+    name = getattr(make, "func", make).__name__
+    assert str(error.value).startswith(f"{name}.{message}")
 
 
 def test_bad_experiment():
@@ -87,6 +108,7 @@ def test_bad_experiment():
     [
         ModelConfig(exit_layer=4),
         ModelConfig(vocab_size=1, num_heads=4, num_kv_heads=1, max_seq_len=2),
+        ModelConfig(rope_type="linear", rope_factor=1.0, rope_original_seq_len=1),
         DataConfig(vocab_size=258),
         TrainConfig(layer_dropout=0.0, weight_decay=0.0, checkpoint_seconds=0.0, warmup_steps=0),
         ExitConfig(criterion="gate", kv_policy="recompute"),
@@ -105,6 +127,12 @@ def test_shape():
     dense = config.dense(2)
     assert (dense.num_layers, dense.exit_layer, dense.num_upper_layers) == (2, 2, 0)
     assert replace(dense, num_layers=7, exit_layer=3) == config
+
+
+def test_rope_band():
+    assert ModelConfig().rope_band is None
+    assert ModelConfig(rope_type="linear", rope_factor=2.0).rope_band is None
+    assert ModelConfig(rope_type="llama3", rope_original_seq_len=32).rope_band == (1 / 32, 4 / 32)
 
 
 def test_presets():

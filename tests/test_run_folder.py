@@ -14,7 +14,14 @@ QUICK = PRESETS["quick"]
 SHA = "0" * 64  # of the text that the run was made with
 OTHER = {
     "data": {"name": "stdlib", "data_dir": Path("here"), "tokenizer": "word", "vocab_size": 999},
-    "model": {"dim": 64, "upper_kv": "own", "qk_norm": True, "rope_theta": 5e5},
+    "model": {
+        "dim": 64,
+        "upper_kv": "own",
+        "qk_norm": True,
+        "rope_theta": 5e5,
+        "rope_type": "llama3",
+        "rope_original_seq_len": 64,
+    },
     "train": {"recipe": "joint", "learning_rate": 1e-3, "seed": 7, "max_tokens": 0},
     "exit": {"criterion": "gate", "kv_policy": "exact", "compare_upper_kv": True},
     "timing": {"rounds": 3},
@@ -45,6 +52,18 @@ def test_paths_round_trip(tmp_path):
     folder.claim(config, SHA)
     assert folder.config() == config
     assert isinstance(folder.config().data.data_dir, Path)
+
+
+def test_folder_from_before_a_field_was_there(tmp_path):
+    RunFolder(tmp_path).claim(QUICK, SHA)
+    file = tmp_path / "config.toml"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if not line.startswith("rope_")))
+    assert "rope_" not in file.read_text()
+    assert RunFolder(tmp_path).config() == QUICK
+    RunFolder(tmp_path).claim(QUICK, SHA)
+    with pytest.raises(ValueError, match="made with model.rope_type = linear, got default;"):
+        RunFolder(tmp_path).claim(changed("model", "rope_type", "linear"), SHA)
 
 
 def test_every_field_is_kept():

@@ -1,6 +1,7 @@
 """What `lego export` writes loads in transformers, unhelped, and computes the same; and back."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ from rich.console import Console
 
 from lego.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from lego.config import ModelConfig
+from lego.engine import NativeEngine
 from lego.generation import generate
 from lego.hf_checkpoint import Export, Import, export_checkpoint, import_checkpoint
 from lego.model import LegoModel
+from lego.ops.rotary import rotary_tables
 from lego.strategies import FullDepth
 from lego.tokenizer import train_tokenizer
 from tests.models import VARIANTS, tiny_model, token_ids
@@ -64,10 +67,26 @@ def assert_logits(found, model: LegoModel, ids, logits=final_logits):
     assert (found - exact).abs().max() <= 2 * own_error + 2e-5
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, "dense"])
+EXPORTED = {
+    **VARIANTS,
+    "dense": {"exit_layer": 4},
+    "linear": {"rope_type": "linear", "rope_factor": 4.0},
+    # 16 of 64 positions; of four frequencies the highest is kept, the next one scaled in part
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 30.0,
+        "rope_factor": 4.0,
+        "rope_low_freq_factor": 0.5,
+        "rope_high_freq_factor": 2.0,
+        "rope_original_seq_len": 16,
+    },
+}
+
+
+@pytest.mark.parametrize("variant", EXPORTED)
 @torch.no_grad()
 def test_the_same_logits_and_tokens(tmp_path, variant):
-    model = model_of(**({"exit_layer": 4} if variant == "dense" else VARIANTS[variant]))
+    model = model_of(**EXPORTED[variant])
     export(tmp_path, model)
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "hf", output_loading_info=True
@@ -105,10 +124,21 @@ SMALL = {
     "eos_token_id": 0,
     "bos_token_id": None,
 }
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 30.0,
+    "factor": 4.0,
+    "low_freq_factor": 0.5,
+    "high_freq_factor": 2.0,
+    "original_max_position_embeddings": 16,
+}
 STOCK = {
     "llama": ("LlamaConfig", {}),
     "llama tied": ("LlamaConfig", {"tie_word_embeddings": True}),
     "llama bias": ("LlamaConfig", {"attention_bias": True}),
+    "llama3": ("LlamaConfig", {"rope_parameters": LLAMA3}),
+    "linear": ("LlamaConfig", {"rope_parameters": LINEAR}),
     "mistral": ("MistralConfig", {"sliding_window": None}),
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {"head_dim": 8}),
@@ -166,22 +196,68 @@ def test_bfloat16_is_not_rounded_again(tmp_path):
         assert torch.equal(tensor, stock.state_dict()[key]), key
 
 
-def test_scaled_angles_are_refused(tmp_path):
-    """As Llama 3.1 and later have them, in the file that transformers itself writes."""
+@pytest.mark.parametrize("name", ["llama3", "linear"])
+@torch.no_grad()
+def test_scaled_angles(tmp_path, name):
+    """Greedy tokens, most past the original length, in both of our engines; and the way back."""
+    tokenizer = train_tokenizer("bpe", TEXT, 300)
+    stock = stock_model(name, tokenizer)
+    stock.save_pretrained(tmp_path / "stock")
+    tokenizer.save(tmp_path / "stock" / "tokenizer.json")
+    options = Import(folder=tmp_path / "stock", out=tmp_path / "ours", exit_layer=1)
+    import_checkpoint(options, QUIET)
+    model, ids = load_checkpoint(tmp_path / "ours").model, token_ids(1, 12, seed=4)
+    reference = generate(model, ids.tolist(), 50, FullDepth()).tokens
+    native = generate(model, ids.tolist(), 50, FullDepth(), engine=NativeEngine(model)).tokens
+    theirs = stock.generate(ids, max_new_tokens=50, do_sample=False, eos_token_id=-1)
+    assert native == reference == theirs[:, 12:].tolist()
+    plain = LegoModel(replace(model.config, rope_type="default", rope_factor=1.0))
+    plain.load_state_dict(model.state_dict())
+    assert generate(plain, ids.tolist(), 50, FullDepth()).tokens != reference
+    export_checkpoint(Export(run=tmp_path / "ours", out=tmp_path / "hf"), QUIET)
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert back.config.rope_parameters == stock.config.rope_parameters
+    assert torch.equal(back(ids).logits, stock(ids).logits)
+    import_checkpoint(Import(folder=tmp_path / "hf", out=tmp_path / "again"), QUIET)
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "ours" / file).read_bytes()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("factor", [8.0, 32.0], ids=["Llama 3.1", "Llama 3.2"])
+@pytest.mark.parametrize("kind", ["llama3", "linear"])
+def test_tables_of_real_models(kind, factor, head_dim):
+    """Theirs, but for what float32 angles round."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope = {"rope_type": kind, "rope_theta": 5e5, "factor": factor}
+    if kind == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        rope["original_max_position_embeddings"] = 8192
+    sizes = {"hidden_size": head_dim, "num_attention_heads": 1}
+    config = transformers.LlamaConfig(**sizes, max_position_embeddings=131072, rope_parameters=rope)
+    module, position = LlamaRotaryEmbedding(config), torch.arange(20_000)
+    band = (1 / 8192, 4 / 8192) if kind == "llama3" else None
+    ours = rotary_tables(head_dim, 20_000, 5e5, factor=factor, band=band)
+    # 8 roundings of a frequency, times the position, and one of the result
+    bound = position[:, None] * module.inv_freq * 8 * 2**-24 + 2**-23
+    for found, theirs in zip(ours, module(torch.empty(1), position[None]), strict=True):
+        assert bool(((found - theirs[0, :, : head_dim // 2]).abs() <= bound).all())
+
+
+def test_other_scalings_are_refused(tmp_path):
+    """As transformers itself writes them."""
     tokenizer = train_tokenizer("bpe", TEXT, 300)
     stock = stock_model("llama", tokenizer)
-    stock.config.rope_parameters = {
-        "rope_type": "llama3",
-        "rope_theta": 10000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
+    stock.config.rope_parameters = LINEAR | {
+        "rope_type": "yarn",
+        "original_max_position_embeddings": 16,
     }
     stock.save_pretrained(tmp_path / "stock")
     tokenizer.save(tmp_path / "stock" / "tokenizer.json")
     options = Import(folder=tmp_path / "stock", out=tmp_path / "ours", exit_layer=1)
-    with pytest.raises(ValueError, match="rope_type must be default: .*, got llama3"):
+    message = "rope_type must be one of default, linear, llama3, got yarn"
+    with pytest.raises(ValueError, match=message):
         import_checkpoint(options, QUIET)
     assert not (tmp_path / "ours").exists()
 

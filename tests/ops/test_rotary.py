@@ -40,6 +40,44 @@ def test_tables():
             assert abs(sin[position, a].item() - math.sin(angle)) < 1e-7
 
 
+def scaled_frequency(frequency, factor, low, high, length):
+    """llama3 by wavelengths, as it was published."""
+    wavelength = 2 * math.pi / frequency
+    if wavelength < length / high:
+        return frequency
+    if wavelength > length / low:
+        return frequency / factor
+    kept = (length / wavelength - low) / (high - low)
+    return (1 - kept) * frequency / factor + kept * frequency
+
+
+@pytest.mark.parametrize("numbers", [(8, 1, 4, 8192), (32, 1, 4, 8192), (3, 0.5, 7, 100)], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_llama3_tables(numbers, head_dim):
+    factor, low, high, length = numbers
+    cos, sin = rotary_tables(
+        head_dim, 10_008, 5e5, factor=factor, band=(low / length, high / length)
+    )
+    kinds = set()
+    for a in range(head_dim // 2):
+        plain = 5e5 ** (-2 * a / head_dim)
+        frequency = scaled_frequency(plain, *numbers)
+        kinds.add((frequency == plain, frequency == plain / factor))
+        for position in (0, 1, 999, 10_007):
+            # the second term: one rounding of the frequency, times the position
+            bound = 1e-7 + position * 1e-15
+            assert abs(cos[position, a].item() - math.cos(position * frequency)) < bound
+            assert abs(sin[position, a].item() - math.sin(position * frequency)) < bound
+    assert kinds == {(True, False), (False, True), (False, False)}
+
+
+def test_linear_tables_are_those_of_slower_positions():
+    slow, plain = rotary_tables(6, 64, 500.0, factor=4.0), rotary_tables(6, 16, 500.0)
+    for one, other in zip(slow, plain, strict=True):
+        torch.testing.assert_close(one[::4], other, rtol=0, atol=1e-7)
+    assert not torch.equal(slow[0][:16], plain[0])
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", ERROR, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 3, 2, 10), (3, 5, 4, 16)], ids=str)
@@ -79,6 +117,17 @@ def test_refuses(head_dim, theta):
     with pytest.raises(ValueError) as caught:
         rotary_tables(head_dim, 8, theta)
     sentence = f"head_dim must be even and theta positive, got {head_dim}, {theta}"
+    assert str(caught.value) == f"rotary_tables: {sentence}"
+
+
+@pytest.mark.parametrize(
+    ("factor", "band"),
+    [(0.5, None), (math.nan, None), (2.0, (0.0, 1.0)), (2.0, (1.0, 1.0)), (2.0, (2.0, 1.0))],
+)
+def test_refuses_scalings(factor, band):
+    with pytest.raises(ValueError) as caught:
+        rotary_tables(4, 8, 10.0, factor=factor, band=band)
+    sentence = f"factor must be >= 1 and band rise from above 0, got {factor}, {band}"
     assert str(caught.value) == f"rotary_tables: {sentence}"
 
 
