@@ -140,7 +140,7 @@ def test_full_depth(decode_case: Case, measured: Measure) -> None:
     check_tokens(
         model, prompt, {n: runners[n](prompt, num_tokens) for n in ("engine", "reference")}
     )
-    measured(lambda: {"bytes": num_bytes, "rows": race(runners, prompt, num_tokens)})
+    measured(lambda: {"bytes": num_bytes, "rows": race(runners, prompt, num_tokens, MANY_ROUNDS)})
 
 
 def test_rivals(decode_case: Case, measured: Measure, tmp_path: Any) -> None:
