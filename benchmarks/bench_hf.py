@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.exc import InductorError
 
 from benchmarks.decode_cases import Run, Runner, random_model, random_prompt
 from benchmarks.races import ROUNDS, check_alike, check_tokens, race
@@ -65,7 +67,7 @@ def _compiled(stock: LlamaForCausalLM, prompt: torch.Tensor, num_tokens: int) ->
     torch.compiler.reset()
     try:
         run(prompt, num_tokens)
-    except RuntimeError as error:
+    except (TorchDynamoException, InductorError) as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0]}"
     return run
 

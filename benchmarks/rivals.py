@@ -27,6 +27,7 @@ _GGML_TYPES = {
 def write_gguf(model: LegoModel, path: Path) -> None:
     """The model as a file of llama.cpp, in its own dtype, without a tokenizer."""
     config = model.config
+    assert config.rope_type == "default", config.rope_type
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_seq_len)
     writer.add_embedding_length(config.dim)

@@ -67,7 +67,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises: ValueError, naming the file, if one is missing, truncated, corrupt or does not fit.
     """
     if not (path / _CONFIG).is_file():
-        raise ValueError(f"load_checkpoint: a checkpoint folder must hold {_CONFIG}, got {path}")
+        what = "" if path.exists() else ", which does not exist"
+        raise ValueError(
+            f"load_checkpoint: a checkpoint folder must hold {_CONFIG}, got {path}{what}"
+        )
     config = read_json_object(path / _CONFIG, "load_checkpoint")
     if config.get("format") != _FORMAT:
         raise ValueError(

@@ -114,6 +114,8 @@ class ModelConfig:
         self._check_rope()
 
     def _check_rope(self) -> None:
+        theta, length = self.rope_theta, self.rope_original_seq_len
+        _require(0 < theta < float("inf"), "ModelConfig.rope_theta", "must be positive", theta)
         _require_choice("ModelConfig.rope_type", self.rope_type, RopeType)
         factor, low, high = self.rope_factor, self.rope_low_freq_factor, self.rope_high_freq_factor
         name = "ModelConfig.rope_factor"
@@ -126,12 +128,13 @@ class ModelConfig:
             f"must be in (0, rope_high_freq_factor={high})",
             low,
         )
-        _require(
-            self.rope_original_seq_len >= 1,
-            "ModelConfig.rope_original_seq_len",
-            "must be >= 1",
-            self.rope_original_seq_len,
-        )
+        name = "ModelConfig.rope_original_seq_len"
+        _require(isinstance(length, int) and length >= 1, name, "must be an int >= 1", length)
+        if self.rope_type != "llama3":
+            for name in ("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_seq_len"):
+                value, default = getattr(self, name), getattr(ModelConfig, name)
+                rule = f"must be {default} without rope_type='llama3'"
+                _require(value == default, f"ModelConfig.{name}", rule, value)
 
     @property
     def rope_band(self) -> tuple[float, float] | None:

@@ -304,7 +304,8 @@ def _whole(path: Path) -> Iterator[None]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"import: {path} must exist, got none")
+        hint = "" if path.parent.is_dir() else "; the folder has to be here already"
+        raise ValueError(f"import: {path} must exist, got none{hint}")
     return read_json_object(path, "import")
 
 

@@ -57,6 +57,7 @@ def to_hf_config(config: ModelConfig, dtype: torch.dtype, end_of_text_id: int) -
     """config.json of the model at full depth."""
     kind = model_type(config)
     values: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in _SIZES.items()}
+    scaling = _scaling(config)
     values |= {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
@@ -65,7 +66,7 @@ def to_hf_config(config: ModelConfig, dtype: torch.dtype, end_of_text_id: int) -
         "hidden_act": "silu",
         "attention_bias": config.qkv_bias,
         "rms_norm_eps": config.norm_eps,
-        "rope_parameters": _scaling(config) | {"rope_theta": config.rope_theta},
+        "rope_parameters": scaling | {"rope_theta": config.rope_theta},
         # where transformers before 5, and others, look for it
         "rope_theta": config.rope_theta,
         "tie_word_embeddings": config.tie_embeddings,
@@ -75,7 +76,7 @@ def to_hf_config(config: ModelConfig, dtype: torch.dtype, end_of_text_id: int) -
         "pad_token_id": None,
     }
     if config.rope_type != "default":
-        values["rope_scaling"] = _scaling(config)
+        values["rope_scaling"] = scaling
     return values
 
 
@@ -89,6 +90,9 @@ def from_hf_config(values: Mapping[str, Any], exit_layer: int) -> ModelConfig:
 
     Raises: ValueError, naming the entry, for what our model cannot hold.
     """
+    kind = values.get("model_type")
+    known = kind is None or kind in ARCHITECTURES
+    _require(known, "model_type", f"one of {', '.join(ARCHITECTURES)}", kind)
     names = ("model_type", *_SIZES.values(), "rms_norm_eps")
     missing = [name for name in names if values.get(name) is None]
     _require(not missing, "config.json", "whole", f"no {', '.join(missing)}")
@@ -97,8 +101,6 @@ def from_hf_config(values: Mapping[str, Any], exit_layer: int) -> ModelConfig:
         _require(type(value) is int, name, "a whole number", repr(value))
     eps = values["rms_norm_eps"]
     _require(isinstance(eps, float), "rms_norm_eps", "a number", repr(eps))
-    kind = values["model_type"]
-    _require(kind in ARCHITECTURES, "model_type", f"one of {', '.join(ARCHITECTURES)}", kind)
     _require_plain(values)
     heads = values["num_attention_heads"]
     num_kv_heads = values.get("num_key_value_heads") or (heads if kind == "llama" else 0)
@@ -144,8 +146,10 @@ def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
     """Our rotary fields, from wherever a version of transformers puts their parameters."""
     # of a file with both, transformers 5 takes the older entry
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    _require(isinstance(rope, Mapping), "rope_scaling", "an object", repr(rope))
     kind = rope.get("rope_type", rope.get("type", "default"))
-    _require(kind in _ROPE, "rope_type", f"one of {', '.join(_ROPE)}", kind)
+    known = isinstance(kind, str) and kind in _ROPE
+    _require(known, "rope_type", f"one of {', '.join(_ROPE)}", kind)
     nested = [name for name, value in rope.items() if isinstance(value, Mapping)]
     _require(not nested, "rope_parameters", "those of every layer alike", ", ".join(nested))
     share = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
@@ -155,9 +159,10 @@ def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
         rule = f"{length}, as beside rope_parameters"
         _require(rope.get(_ORIGINAL_LEN) == length, _ORIGINAL_LEN, rule, rope.get(_ORIGINAL_LEN))
     numbers = {ours: _number(rope, theirs) for ours, theirs in _ROPE[kind].items()}
-    theta = rope.get("rope_theta", values.get("rope_theta"))
-    # of all four architectures, where a file names none
-    return numbers | {"rope_type": kind, "rope_theta": 10000.0 if theta is None else float(theta)}
+    thetas = [place.get("rope_theta") for place in (rope, values)]
+    # 10,000 of all four architectures, where a file names none
+    theta = next((value for value in thetas if value is not None), 10000.0)
+    return numbers | {"rope_type": kind, "rope_theta": _number({"rope_theta": theta}, "rope_theta")}
 
 
 def _number(rope: Mapping[str, Any], name: str) -> int | float:

@@ -112,7 +112,9 @@ class RunFolder:
     def _read(self) -> dict[str, dict[str, Any]]:
         """config.toml with all its sections and the hash of the text."""
         if not self._config_file.is_file():
-            raise ValueError(f"run folder: must hold config.toml, got {self.path}")
+            raise ValueError(
+                f"run folder: must hold config.toml, got {self.path}{self._what_it_is()}"
+            )
         try:
             values = tomllib.loads(self._config_file.read_text(encoding="utf-8"))
             sections = {name: dict(values[name]) for name in _SECTIONS}
@@ -120,6 +122,13 @@ class RunFolder:
         except (KeyError, TypeError, ValueError) as error:
             raise self._unreadable(self._config_file, error) from error
         return sections
+
+    def _what_it_is(self) -> str:
+        """Why a folder that is no run folder was given, where that is plain."""
+        if not self.path.exists():
+            return ", which does not exist"
+        is_checkpoint = (self.path / "model.safetensors").is_file()
+        return ", a checkpoint: generate and export take one" if is_checkpoint else ""
 
     def _unreadable(self, file: Path, reason: object) -> ValueError:
         return ValueError(f"run folder: {file} must be as `lego` wrote it, got {reason}")

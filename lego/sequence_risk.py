@@ -68,7 +68,8 @@ def draw_sequences(
     if len(document) < num_sequences:
         raise ValueError(
             f"calibrate: the calibration split must hold {num_sequences} sequences of {length} "
-            f"tokens, got {len(document)}; use fewer or shorter ones, or more text"
+            f"tokens, got {len(document)}; take fewer (--num-sequences) or "
+            "shorter ones (--prompt-tokens, --max-new-tokens), or more text"
         )
     within = np.arange(len(document)) - np.repeat(np.cumsum(num_runs) - num_runs, num_runs)
     begin = starts[document] + within * length

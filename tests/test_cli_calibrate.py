@@ -255,7 +255,7 @@ def test_fewer_tokens_are_warned_about(certified_run, capsys, caplog):
         (("--delta", "1.5"), "delta must be in (0, 1), got 1.5"),
         (("--epsilon", "0.01"), "num_sequences must be >= 161 for epsilon=0.01 and delta=0.2"),
         (("--num-sequences", "2"), "must be >= 3 for epsilon=0.5 and delta=0.2, or not even"),
-        (("--num-sequences", "2000"), "must hold 2000 sequences of 4 tokens, got 92; use fewer"),
+        (("--num-sequences", "2000"), "must hold 2000 sequences of 4 tokens, got 92; take fewer"),
         (("--risk", "loss", "--num-sequences", "200"), "must hold 200 sequences of 10 tokens, got"),
         (("--max-new-tokens", "0"), "max_new_tokens must be >= 1, got 0"),
         (("--prompt-tokens", "0"), "prompt_tokens must be >= 1, got 0"),

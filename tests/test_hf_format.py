@@ -40,7 +40,7 @@ def read(**rope):
 
 
 @pytest.mark.parametrize("kind", OURS)
-def test_written_for_all_versions_and_read_back(kind):
+def test_written_in_both_places_and_read_back(kind):
     values = to_hf_config(OURS[kind], torch.float32, 0)
     scaling = {"rope_type": kind, **THEIRS[kind]}
     assert values["rope_parameters"] == {"rope_theta": 30.0, **scaling}
@@ -59,6 +59,25 @@ def test_every_place(kind, name):
     assert read(rope_parameters=scaling, rope_theta=30.0) == OURS[kind]
     assert read(rope_scaling=scaling, rope_theta=30) == OURS[kind]
     assert read(rope_scaling=scaling) == replace(OURS[kind], rope_theta=10000.0)
+    inner = scaling | {"rope_theta": 30.0}
+    assert read(rope_parameters=inner, rope_theta=5e5) == OURS[kind]
+    assert read(rope_parameters=scaling | {"rope_theta": None}, rope_theta=30.0) == OURS[kind]
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"rope_scaling": ["linear"]}, "rope_scaling must be an object, got"),
+        ({"rope_scaling": {"type": ["linear"]}}, "rope_type must be one of"),
+        ({"rope_theta": True}, "rope_theta must be a number, got True"),
+        ({"rope_theta": "x"}, "rope_theta must be a number, got 'x'"),
+        ({"rope_theta": float("nan")}, "rope_theta: must be positive, got nan"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0, got 0.5"),
+    ],
+)
+def test_nonsense_is_refused_by_name(rope, message):
+    with pytest.raises(ValueError, match=message):
+        read(**rope)
 
 
 def test_the_older_entry_comes_first():
@@ -104,7 +123,7 @@ def test_other_types_are_refused(kind, name, place):
         ),
         (
             {"original_max_position_embeddings": 0},
-            "ModelConfig.rope_original_seq_len: must be >= 1, got 0",
+            "ModelConfig.rope_original_seq_len: must be an int >= 1, got 0",
         ),
         ({"factor": 0.5}, "ModelConfig.rope_factor: must be finite and >= 1, got 0.5"),
         (

@@ -357,7 +357,7 @@ def test_bad_runs(tmp_path, capsys, run):
     (run / "results.json").write_text('{"experiment_001": {}}')
     fails(capsys, [run, "--out", out], "got no criteria; repeat the run in another folder")
     (run / "results.json").unlink()
-    remedy = f"must hold results.json, got none; finish it with `lego run --out {run}`"
+    remedy = "must hold results.json, got none; finish it with the `lego run` command that began it"
     fails(capsys, [finished_run()[0], run, "--out", out], remedy)
     fails(capsys, ["--out", out], "at least one run folder must be given, got none")
     missing = tmp_path / "bench.json"

@@ -20,7 +20,6 @@ OTHER = {
         "qk_norm": True,
         "rope_theta": 5e5,
         "rope_type": "llama3",
-        "rope_original_seq_len": 64,
     },
     "train": {"recipe": "joint", "learning_rate": 1e-3, "seed": 7, "max_tokens": 0},
     "exit": {"criterion": "gate", "kv_policy": "exact", "compare_upper_kv": True},

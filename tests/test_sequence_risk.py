@@ -223,7 +223,9 @@ def test_drawn_runs_lie_inside_documents(count):
     ids = documents(40, 3, 5, 11, 30, 4, 10, 10, 0)
     # seven documents have 8 + 1 + 2 + 6 + 2 + 2 = 21 runs of five
     if count > 21:
-        with pytest.raises(ValueError, match="must hold 24 sequences of 5 tokens, got 21; use few"):
+        with pytest.raises(
+            ValueError, match="must hold 24 sequences of 5 tokens, got 21; take few"
+        ):
             draw_sequences(ids, END, count, 5)
         return
     drawn = draw_sequences(ids, END, count, 5)

@@ -29,7 +29,7 @@ def rotary_tables(
     Source: Su et al. 2021, arXiv:2104.09864; `linear`: Chen et al. 2023, arXiv:2306.15595;
         `llama3`: apply_scaling in meta-llama/llama-models, models/llama3/model.py.
     """
-    if head_dim % 2 or theta <= 0:
+    if head_dim % 2 or not theta > 0:
         raise ValueError(
             f"rotary_tables: head_dim must be even and theta positive, got {head_dim}, {theta}"
         )

@@ -136,7 +136,7 @@ def _finished(folder: RunFolder) -> tuple[RunFolder, dict[str, Any]]:
     folder.config()  # says that this is no run folder, where it is none
     results = folder.results()
     if results is None:
-        remedy = f"finish it with `lego run --out {folder.path}`"
+        remedy = "finish it with the `lego run` command that began it"
         raise ValueError(f"report: {folder.path} must hold results.json, got none; {remedy}")
     for key in ("experiment_001", "criteria", "criterion", "threshold", "kv_policy"):
         if results.get(key) is None:

@@ -1,7 +1,7 @@
 """What `lego export` writes loads in transformers, unhelped, and computes the same; and back."""
 
 import copy
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -211,7 +211,9 @@ def test_scaled_angles(tmp_path, name):
     native = generate(model, ids.tolist(), 50, FullDepth(), engine=NativeEngine(model)).tokens
     theirs = stock.generate(ids, max_new_tokens=50, do_sample=False, eos_token_id=-1)
     assert native == reference == theirs[:, 12:].tolist()
-    plain = LegoModel(replace(model.config, rope_type="default", rope_factor=1.0))
+    names = [field.name for field in fields(ModelConfig) if field.name.startswith("rope_")]
+    unscaled = {name: getattr(ModelConfig, name) for name in names if name != "rope_theta"}
+    plain = LegoModel(replace(model.config, **unscaled))
     plain.load_state_dict(model.state_dict())
     assert generate(plain, ids.tolist(), 50, FullDepth()).tokens != reference
     export_checkpoint(Export(run=tmp_path / "ours", out=tmp_path / "hf"), QUIET)
