@@ -241,13 +241,19 @@ def test_initialisation():
     assert tied.head.weight is tied.embedding.weight
 
 
-@pytest.mark.parametrize("kind", ["linear", "llama3"])
-def test_rope_scaling_reaches_the_tables(kind):
-    numbers = {"rope_low_freq_factor": 0.5, "rope_high_freq_factor": 2.0}
-    config = tiny_config(
-        rope_type=kind, rope_theta=30.0, rope_factor=4.0, rope_original_seq_len=16, **numbers
-    )
-    band = (0.5 / 16, 2.0 / 16) if kind == "llama3" else None
+LLAMA3 = {
+    "rope_low_freq_factor": 0.5,
+    "rope_high_freq_factor": 2.0,
+    "rope_original_seq_len": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbers", "band"),
+    [("linear", {}, None), ("llama3", LLAMA3, (0.5 / 16, 2.0 / 16))],
+)
+def test_rope_scaling_reaches_the_tables(kind, numbers, band):
+    config = tiny_config(rope_type=kind, rope_theta=30.0, rope_factor=4.0, **numbers)
     rotary, tables = LegoModel(config).rotary, rotary_tables(8, 64, 30.0, factor=4.0, band=band)
     assert torch.equal(rotary.cos, tables[0]) and torch.equal(rotary.sin, tables[1])
     assert not torch.equal(rotary.cos, rotary_tables(8, 64, 30.0)[0])
