@@ -9,10 +9,12 @@ FOLDER/part.json, also if it fails or is cut off; then the others go on.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -194,12 +196,13 @@ def _run(command: Sequence[str], part: Part, log_path: Path) -> int | OSError | 
             return error
         try:
             return process.wait(part.limit)
-        except BaseException as error:
-            os.killpg(process.pid, 9)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            # its group is not ours, so that Ctrl-C would leave it running
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            if isinstance(error, subprocess.TimeoutExpired):
-                return None
-            raise
 
 
 def _outcomes(path: Path) -> list[dict[str, Any]]:
